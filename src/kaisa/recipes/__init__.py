@@ -1,0 +1,1 @@
+"""Reference applications: data, model, loop, report."""
