@@ -42,10 +42,11 @@ class Range:
     def __contains__(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        if not math.isfinite(value) or (self.whole and value != int(value)):
+        number = float(value)
+        if not math.isfinite(number) or (self.whole and not number.is_integer()):
             return False
-        above = value > self.lowest if self.excludes_lowest else value >= self.lowest
-        below = value < self.highest if self.excludes_highest else value <= self.highest
+        above = number > self.lowest if self.excludes_lowest else number >= self.lowest
+        below = number < self.highest if self.excludes_highest else number <= self.highest
         return above and below
 
 
