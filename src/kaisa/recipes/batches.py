@@ -1,0 +1,98 @@
+"""In which order images come and how they are varied: a pure function of seed and epoch.
+
+Two contestants with one seed see the same batches bit for bit, and a resumed run sees what the
+uninterrupted one would have seen, without a generator state to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kaisa.recipes.images import Images
+
+CPU = torch.device("cpu")
+BORDER = 4  # pixels that a crop may be shifted by, as He et al. 2016 do on CIFAR-10
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Makes floats of bytes, each channel with mean 0 and standard deviation 1.
+
+    Attributes:
+        mean: of each channel over the training images, of shape (channels, 1, 1).
+        deviation: the standard deviation, likewise; 1 for a channel without variation.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def fit(cls, images: Images) -> Normalizer:
+        """Measure the training images."""
+        channels = images.pixels.unbind(1)
+        counts = torch.stack([c.flatten().bincount(minlength=256) for c in channels]).double()
+        shares = counts / counts.sum(1, keepdim=True)
+        shades = torch.arange(256, dtype=torch.float64)
+        mean = shares @ shades
+        variance = (shares * (shades - mean[:, None]) ** 2).sum(1)
+        deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
+        return cls(mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the pixels as the model sees them."""
+        return (pixels.float() - self.mean) / self.deviation
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of every epoch; the images that fill no whole batch wait for another epoch.
+
+    Attributes:
+        images: what is learned from.
+        normalize: from bytes to the model's input.
+        size: images in a batch.
+        augment: whether images are shifted and mirrored at random.
+        seed: of order and augmentation.
+        device: where the batches are used.
+    """
+
+    images: Images
+    normalize: Normalizer
+    size: int
+    augment: bool
+    seed: int
+    device: torch.device = CPU
+
+    def __len__(self) -> int:
+        return len(self.images) // self.size
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and labels of one epoch, counted from 0."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.images), generator=generator)
+        for rows in order[: len(self) * self.size].split(self.size):
+            pixels = self.images.pixels[rows]
+            if self.augment:
+                pixels = mirror(shift(pixels, generator), generator)
+            inputs = self.normalize(pixels).to(self.device)
+            yield inputs, self.images.labels[rows].to(self.device)
+
+
+def shift(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image by up to `BORDER` pixels in both directions; what comes in is black."""
+    count, _, height, width = pixels.shape
+    padded = functional.pad(pixels, (BORDER, BORDER, BORDER, BORDER))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    down, right = torch.randint(2 * BORDER + 1, (2, count), generator=generator)
+    return windows[torch.arange(count), :, down, right]
+
+
+def mirror(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Swap left and right in about half of the images."""
+    chosen = torch.rand(len(pixels), generator=generator) < 0.5
+    return torch.where(chosen.view(-1, 1, 1, 1), pixels.flip(-1), pixels)

@@ -1,0 +1,145 @@
+"""All contestants with all seeds, one after another, on one machine.
+
+    for each seed, for each contestant: warm up ─► epoch ─► checkpoint ─► record ─► epoch ─► …
+
+After an interruption at any point the folder holds a record of what was done and the checkpoint of
+the last whole epoch; `compare` goes on from there.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from kaisa.errors import ConfigurationError, StateError
+from kaisa.recipes.batches import Batches, Normalizer
+from kaisa.recipes.contestants import Contestant
+from kaisa.recipes.data import Data
+from kaisa.recipes.files import written_whole
+from kaisa.recipes.loop import Training, load, save, warm_up
+from kaisa.recipes.memory import measure_peak_memory, reset_peak_memory
+from kaisa.recipes.models import build_model
+from kaisa.recipes.options import Options
+from kaisa.recipes.record import Record, Run
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class Watcher(Protocol):
+    """Is told how a comparison goes on."""
+
+    def begin(self, training: Training) -> None:
+        """Hear that a run begins or goes on."""
+
+    def step(self, loss: float, accuracy: float) -> None:
+        """Hear the means over the epoch so far."""
+
+    def epoch(self, training: Training) -> None:
+        """Hear that an epoch is done, evaluated and kept."""
+
+
+def start_comparison(options: Options, data: Data, folder: Path) -> Record:
+    """Make the folder and its record.
+
+    Raises:
+        ConfigurationError: the folder is in use or cannot be made.
+    """
+    check_folder(folder)
+    record = Record(options, data.describe())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"output {folder} cannot be made: {error.strerror}") from error
+    record.write(folder)
+    return record
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigurationError unless a new run may be written into the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"output {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigurationError(
+            f"output {folder} is not empty; give another, or --resume {folder} to go on"
+        )
+
+
+def check_same_data(record: Record, data: Data) -> None:
+    """Raise StateError unless the data are those that the record began with."""
+    if record.data["digest"] != data.describe()["digest"]:
+        raise StateError("the images are not those that the run began with; start a new run")
+
+
+def compare(record: Record, data: Data, folder: Path, watcher: Watcher) -> None:
+    """Run what the record does not have yet."""
+    normalize = Normalizer.fit(data.train)
+    for seed in record.options.seeds:
+        batches = _make_batches(record.options, data, normalize, seed)
+        for contestant in record.options.build_contestants():
+            if not record.is_finished(contestant.name, seed):
+                _run(contestant, batches, data, record, folder, watcher)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _make_batches(options: Options, data: Data, normalize: Normalizer, seed: int) -> Batches:
+    device = torch.device(options.device)
+    return Batches(data.train, normalize, options.batch_size, options.augment, seed, device)
+
+
+def _run(
+    contestant: Contestant,
+    batches: Batches,
+    data: Data,
+    record: Record,
+    folder: Path,
+    watcher: Watcher,
+) -> None:
+    build = partial(build_model, record.options.model, data.train.shape, len(data.train.classes))
+    start = partial(Training.start, contestant, batches, data.test, record.options.epochs, build)
+    warm_up(start())
+    reset_peak_memory(batches.device)
+    with closing(start()) as training:
+        if _is_under_way(record, contestant, batches.seed):
+            load(training, folder / CHECKPOINT)
+            _keep(training, record, folder)
+        watcher.begin(training)
+        while not training.is_finished:
+            training.epoch(watcher.step)
+            _keep(training, record, folder)
+            watcher.epoch(training)
+
+
+def _is_under_way(record: Record, contestant: Contestant, seed: int) -> bool:
+    """Whether the checkpoint is of this contestant and seed: the record follows it closely."""
+    return any((run.contestant, run.seed) == (contestant.name, seed) for run in record.runs)
+
+
+def _keep(training: Training, record: Record, folder: Path) -> None:
+    """Write the checkpoint first, so that the record never claims more than can be resumed."""
+    save(training, folder / CHECKPOINT)
+    if training.is_finished:
+        name = f"{training.contestant.slug}-seed{training.batches.seed}.safetensors"
+        weights = {key: value.contiguous() for key, value in training.model.state_dict().items()}
+        with written_whole(folder / name) as path:
+            save_file(weights, path)
+    record.put(_describe(training))
+    record.write(folder)
+
+
+def _describe(training: Training) -> Run:
+    kfac = training.kfac
+    return Run(
+        contestant=training.contestant.name,
+        seed=training.batches.seed,
+        learning_rate=training.contestant.learning_rate,
+        finished=training.is_finished,
+        steps=len(training.history) * len(training.batches),
+        peak_memory=measure_peak_memory(training.batches.device),
+        kfac_memory=None if kfac is None else dict(kfac.memory_usage()),
+        epochs=list(training.history),
+    )

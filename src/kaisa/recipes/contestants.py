@@ -1,0 +1,131 @@
+"""How a model is optimised: a first-order optimizer, alone or behind K-FAC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import kaisa
+from kaisa.errors import ConfigurationError
+from kaisa.schedules import FRACTION, NON_NEGATIVE, POSITIVE, STEPS, Schedule
+
+OPTIMIZERS = ("sgd", "adamw")
+SOLVERS = ("eigen", "cholesky", "ekfac", "sqrt_ekfac")
+WARM_UP = 0.05  # the share of the steps over which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """The options of K-FAC that the recipes offer; see `kaisa.KFACPreconditioner`.
+
+    Raises:
+        ConfigurationError: an option is out of its range.
+    """
+
+    damping: float = 0.003
+    factor_update_steps: int = 10
+    inv_update_steps: int = 100
+    factor_decay: float = 0.95
+    kl_clip: float = 0.001
+    solver: str = "eigen"
+
+    def __post_init__(self) -> None:
+        Schedule("damping", self.damping, POSITIVE)
+        Schedule("factor-update-steps", self.factor_update_steps, STEPS)
+        Schedule("inv-update-steps", self.inv_update_steps, STEPS)
+        Schedule("factor-decay", self.factor_decay, FRACTION)
+        Schedule("kl-clip", self.kl_clip, POSITIVE)
+        if self.solver not in SOLVERS:
+            raise ConfigurationError(
+                f"unknown solver {self.solver!r}; choose from {', '.join(SOLVERS)}"
+            )
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer with its learning rate, alone or behind K-FAC.
+
+    Attributes:
+        optimizer: "sgd" (with momentum) or "adamw".
+        learning_rate: the highest of the schedule.
+        momentum: of SGD; AdamW has its usual two decays.
+        weight_decay: added to the gradient by SGD, decoupled in AdamW.
+        preconditioning: the options of K-FAC; None for the optimizer alone.
+
+    Raises:
+        ConfigurationError: an option is out of its range.
+    """
+
+    optimizer: str
+    learning_rate: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    preconditioning: Preconditioning | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigurationError(
+                f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}"
+            )
+        Schedule("lr", self.learning_rate, POSITIVE)
+        Schedule("weight-decay", self.weight_decay, NON_NEGATIVE)
+
+    @property
+    def name(self) -> str:
+        """What the table and the plot call it."""
+        return f"{self.optimizer} + K-FAC" if self.preconditioning else self.optimizer
+
+    @property
+    def slug(self) -> str:
+        """What files call it."""
+        return f"{self.optimizer}-kfac" if self.preconditioning else self.optimizer
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Make the first-order optimizer of a model's parameters."""
+        parameters = model.parameters()
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters,
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def build_preconditioner(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int
+    ) -> kaisa.KFACPreconditioner | None:
+        """Make the preconditioner, or None for a first-order contestant."""
+        options = self.preconditioning
+        if options is None:
+            return None
+        return kaisa.KFACPreconditioner(
+            model,
+            optimizer,
+            damping=options.damping,
+            factor_update_steps=options.factor_update_steps,
+            inv_update_steps=options.inv_update_steps,
+            factor_decay=options.factor_decay,
+            kl_clip=options.kl_clip,
+            solver=options.solver,
+            seed=seed,
+        )
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Return the schedule that all contestants share: a short rise, then half a cosine to zero.
+
+    Args:
+        step: how many steps lie behind.
+        steps: how many there are in all.
+
+    Returns:
+        The share of the highest learning rate, above 0 and at most 1.
+    """
+    rise = max(1, round(WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise + 1)))

@@ -1,0 +1,208 @@
+"""One contestant's training, an epoch at a time.
+
+    Training.start ─► epoch ─► epoch ─► …        all state is in the Training, so that
+                        └─► save ─► load ─► epoch   a resumed run is bitwise the uninterrupted one
+
+Seconds are those of training alone: forward, backward, preconditioning, update and the preparation
+of batches, without evaluation, checkpoints or reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import kaisa
+from kaisa.errors import StateError
+from kaisa.recipes.batches import Batches
+from kaisa.recipes.contestants import Contestant, learning_rate_share
+from kaisa.recipes.files import written_whole
+from kaisa.recipes.images import Images
+
+EVALUATED_AT_ONCE = 1000
+WARM_UP_STEPS = 3
+
+StepWatcher = Callable[[float, float], None]
+"""Told the mean loss and accuracy of the epoch so far, after each step."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch brought.
+
+    Attributes:
+        number: counted from 1.
+        train_loss: mean over the epoch's batches, measured before each update.
+        train_accuracy: likewise.
+        test_loss: after the epoch, over all test images.
+        test_accuracy: likewise.
+        seconds: of training, from the start of the run to the end of this epoch.
+    """
+
+    number: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+
+
+@dataclass
+class Training:
+    """A contestant on its way: everything that the next epoch depends on."""
+
+    contestant: Contestant
+    batches: Batches
+    test: Images
+    epochs: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    kfac: kaisa.KFACPreconditioner | None
+    history: list[Epoch] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls,
+        contestant: Contestant,
+        batches: Batches,
+        test: Images,
+        epochs: int,
+        build: Callable[[], nn.Module],
+    ) -> Training:
+        """Begin with weights of the batches' seed, the same for all contestants."""
+        torch.manual_seed(batches.seed)
+        model = build().to(batches.device)
+        optimizer = contestant.build_optimizer(model)
+        kfac = contestant.build_preconditioner(model, optimizer, batches.seed)
+        return cls(contestant, batches, test, epochs, model, optimizer, kfac)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.history) == self.epochs
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.history[-1].seconds if self.history else 0.0
+
+    def epoch(self, watch: StepWatcher | None = None) -> Epoch:
+        """Train for an epoch, then evaluate."""
+        start = time.perf_counter()
+        loss, accuracy = self._train(watch)
+        seconds = self.seconds + time.perf_counter() - start
+        test_loss, test_accuracy = evaluate(self.model, self.batches, self.test)
+        number = len(self.history) + 1
+        self.history.append(Epoch(number, loss, accuracy, test_loss, test_accuracy, seconds))
+        return self.history[-1]
+
+    def _train(self, watch: StepWatcher | None) -> tuple[float, float]:
+        """Take the steps of one epoch; return the mean loss and accuracy."""
+        self.model.train()
+        epoch, steps = len(self.history), len(self.batches)
+        loss_sum = torch.zeros((), device=self.batches.device)
+        correct = torch.zeros((), device=self.batches.device)
+        for index, (inputs, labels) in enumerate(self.batches.epoch(epoch)):
+            share = learning_rate_share(epoch * steps + index, self.epochs * steps)
+            self._set_learning_rate(share * self.contestant.learning_rate)
+            loss, outputs = self.step(inputs, labels)
+            loss_sum += loss
+            correct += (outputs.argmax(1) == labels).float().mean()
+            if watch is not None:
+                watch(loss_sum.item() / (index + 1), correct.item() / (index + 1))
+        return loss_sum.item() / steps, correct.item() / steps
+
+    def step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step; return the loss and the outputs before it."""
+        self.optimizer.zero_grad()
+        outputs = self.model(inputs)
+        loss = functional.cross_entropy(outputs, labels)
+        loss.backward()
+        if self.kfac is not None:
+            self.kfac.step()
+        self.optimizer.step()
+        return loss.detach(), outputs.detach()
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, numbers and text, all that `load_state_dict` needs."""
+        return {
+            "contestant": self.contestant.slug,
+            "seed": self.batches.seed,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "kfac": self.kfac.state_dict() if self.kfac is not None else None,
+            "random": torch.get_rng_state(),
+            "history": [asdict(epoch) for epoch in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            StateError: it is the state of another contestant or seed.
+        """
+        found = state["contestant"], state["seed"]
+        expected = self.contestant.slug, self.batches.seed
+        if found != expected:
+            raise StateError(f"the checkpoint is of {found}, expected {expected}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.kfac is not None:
+            self.kfac.load_state_dict(state["kfac"])
+        torch.set_rng_state(state["random"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        if self.kfac is not None:
+            self.kfac.close()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, test: Images) -> tuple[float, float]:
+    """Return mean loss and accuracy on images as they are."""
+    model.eval()
+    loss_sum = torch.zeros((), device=batches.device)
+    correct = torch.zeros((), device=batches.device)
+    for pixels, labels in zip(
+        test.pixels.split(EVALUATED_AT_ONCE), test.labels.split(EVALUATED_AT_ONCE), strict=True
+    ):
+        outputs = model(batches.normalize(pixels).to(batches.device))
+        expected = labels.to(batches.device)
+        loss_sum += functional.cross_entropy(outputs, expected, reduction="sum")
+        correct += (outputs.argmax(1) == expected).sum()
+    return loss_sum.item() / len(test), correct.item() / len(test)
+
+
+def warm_up(training: Training) -> None:
+    """Take a few steps of a training that is then thrown away.
+
+    What the first steps of a process cost, such as starting threads, is no contestant's.
+    """
+    training.model.train()
+    for inputs, labels in islice(training.batches.epoch(0), WARM_UP_STEPS):
+        training.step(inputs, labels)
+    training.close()
+
+
+def save(training: Training, path: Path) -> None:
+    """Write the state of a training; an interruption leaves the old file or the new one."""
+    with written_whole(path) as partial:
+        torch.save(training.state_dict(), partial)
+
+
+def load(training: Training, path: Path) -> None:
+    """Go on from a file that `save` wrote; nothing in it is executed."""
+    training.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))

@@ -1,0 +1,157 @@
+"""What a comparison is told, checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kaisa.errors import ConfigurationError
+from kaisa.recipes.contestants import Contestant, Preconditioning
+from kaisa.recipes.models import check_model
+from kaisa.schedules import FRACTION, STEPS, Range, Schedule
+
+CONTESTANTS = ("both", "first-order", "kfac")
+DEVICES = ("cpu", "cuda")
+SEED = Range("a whole number of at least 0 and below 1000000", 0, 1e6, False, True, whole=True)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "model": "mlp",
+        "epochs": 20,
+        "batch_size": 64,
+        "lr": 0.1,
+        "kfac_lr": 0.1,
+        "repeats": 3,
+        "target": 0.97,
+        "augment": False,
+    },
+    "images": {
+        "model": "resnet20",
+        "epochs": 20,
+        "batch_size": 128,
+        "lr": 0.1,
+        "repeats": 1,
+        "augment": True,
+    },
+}
+"""What is taken for options that are not given: tuned on the digits, customary on images."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One comparison, complete: the same options on the same machine give the same run.
+
+    Attributes:
+        data: folder or zip file of images; None for the handwritten digits.
+        test_data: likewise; None for images held out of the others.
+        image_size: width and height that images are resized to.
+        model: a name of `kaisa.recipes.models.MODELS`.
+        contestants: "both", "first-order" or "kfac".
+        optimizer: "sgd" or "adamw".
+        lr: the highest learning rate of the first-order contestant.
+        kfac_lr: that of the contestant behind K-FAC; None for the same.
+        weight_decay: of both.
+        epochs: of each run.
+        batch_size: images in a batch.
+        augment: whether images are shifted and mirrored at random.
+        preconditioning: the options of K-FAC.
+        seed: of weights, batches and the split; repetition i has seed + i.
+        repeats: how many seeds each contestant runs with.
+        target: the test accuracy that is raced for; None for the best that all contestants reach.
+        threads: of the processor; None for as many as PyTorch takes.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ConfigurationError: an option cannot work.
+    """
+
+    model: str
+    epochs: int
+    batch_size: int
+    lr: float
+    data: str | None = None
+    test_data: str | None = None
+    image_size: int | None = None
+    contestants: str = "both"
+    optimizer: str = "sgd"
+    kfac_lr: float | None = None
+    weight_decay: float = 5e-4
+    augment: bool = False
+    preconditioning: Preconditioning = field(default_factory=Preconditioning)
+    seed: int = 0
+    repeats: int = 1
+    target: float | None = None
+    threads: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        for name in ("epochs", "batch_size", "repeats", "threads", "image_size"):
+            self._check(name, STEPS)
+        self._check("seed", SEED)
+        self._check("target", FRACTION)
+        self._check_choice("contestants", CONTESTANTS)
+        self._check_choice("device", DEVICES)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigurationError("device is cuda, but PyTorch finds none; give --device cpu")
+        self.build_contestants()
+
+    def _check(self, name: str, allowed: Range) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            Schedule(name.replace("_", "-"), value, allowed)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigurationError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+    @classmethod
+    def complete(cls, given: dict[str, Any]) -> Options:
+        """Make options of those given (not None); the others come from the preset of the data.
+
+        Those of K-FAC are given by their own names.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        preset = PRESETS["images" if "data" in given else "digits"]
+        if "lr" in given and "kfac_lr" not in given:
+            preset = {**preset, "kfac_lr": None}
+        merged = {**preset, **given}
+        own = {option.name for option in fields(Preconditioning)} & set(merged)
+        preconditioning = Preconditioning(**{name: merged.pop(name) for name in own})
+        return cls(preconditioning=preconditioning, **merged)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Options:
+        """Make the options that `to_json` was called on."""
+        return cls(**{**value, "preconditioning": Preconditioning(**value["preconditioning"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as JSON takes them."""
+        return asdict(self)
+
+    def build_contestants(self) -> list[Contestant]:
+        """Return who takes part, the first-order contestant before the other."""
+        first_order = Contestant(self.optimizer, self.lr, weight_decay=self.weight_decay)
+        behind_kfac = Contestant(
+            self.optimizer,
+            self.lr if self.kfac_lr is None else self.kfac_lr,
+            weight_decay=self.weight_decay,
+            preconditioning=self.preconditioning,
+        )
+        chosen = {"first-order": [first_order], "kfac": [behind_kfac]}
+        return chosen.get(self.contestants, [first_order, behind_kfac])
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each repetition."""
+        return [self.seed + index for index in range(self.repeats)]
+
+    @property
+    def title(self) -> str:
+        """Data and model in a word that can be a file name."""
+        data = "digits" if self.data is None else Path(self.data).name.split(".")[0]
+        return f"{data}-{self.model}"
