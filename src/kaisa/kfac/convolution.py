@@ -54,6 +54,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 CHUNK_BYTES = 2**26
 """The most memory that unfolded patches take at a time."""
 
+COPY_WORK = 16
+"""How many multiplications take as long as to copy one number, on a CPU."""
+
+CALL_WORK = 4e6
+"""How many multiplications take as long as to call one kernel, on a CPU."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -380,42 +386,48 @@ def _meeting_taps_along(axis: Axis, size: int, positions: int) -> Iterator[tuple
             yield taps, Axis(count, 1, apart, far - first, last + 1 - size)
 
 
+Route = Callable[[Tensor, tuple[Axis, ...], int], Tensor]
+"""Image, axes and groups to blocks."""
+
+
 def _blocks(image: Tensor, axes: tuple[Axis, ...], groups: int) -> Tensor:
     """Return the blocks of an image by the route with the least work."""
-    route = _plan(axes, tuple(image.shape), groups)[1]
+    _, route = _plan(axes, tuple(image.shape), groups)
     return route(image, axes, groups)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int
-) -> tuple[float, Callable[[Tensor, tuple[Axis, ...], int], Tensor]]:
-    """Return the work of the cheapest route, in multiplications, and the route.
-
-    The weights are for a CPU: to copy a number costs some 16 multiplications, to call a kernel as
-    much as 4 million of them.
-    """
+def _plan(axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int) -> tuple[float, Route]:
+    """Return the work of the cheapest route, in multiplications, and the route."""
     batch, *sizes, channels = shape
-    examples, channels = batch * groups, channels // groups
-    taps = math.prod(axis.kernel for axis in axes)
-    positions = math.prod(a.positions(size) for a, size in zip(axes, sizes, strict=True))
-    unfolding = 4e6 + examples * positions * taps * channels * (taps * channels + 16)
-    strides = [axis.stride for axis in axes]
-    if all(stride == 1 for stride in strides):
-        pairs = channels * max(channels, 16)
-        shifts = math.prod(_shifts(axes))
-        work = 12e6 + examples * math.prod(sizes) * (pairs * shifts + 16 * channels)
-        for strip in _strips(axes, tuple(sizes)):
-            thin = (*sizes[: strip.dim], strip.length, *sizes[strip.dim + 1 :])
-            count = len(strip.starts)
-            work += _plan(strip.axes, (batch, *thin, shape[-1] * count), groups * count)[0]
-        return min((unfolding, _unfolded), (work, _autocorrelated), key=lambda plan: plan[0])
-    if all(axis.stride == 1 or axis.dilation == 1 for axis in axes):
+    routes = [(_unfolding_work(axes, shape, groups), _unfolded)]
+    if all(axis.stride == 1 for axis in axes):
+        routes.append((_autocorrelation_work(axes, shape, groups), _autocorrelated))
+    elif all(axis.stride == 1 or axis.dilation == 1 for axis in axes):
         coarse, cells = _coarse_axes(axes, sizes)
-        work = _plan(coarse, (batch, *cells, shape[-1] * math.prod(strides)), groups)[0]
-        if work < unfolding:
-            return work, _phases_as_channels
-    return unfolding, _unfolded
+        phases = math.prod(axis.stride for axis in axes)
+        work = _plan(coarse, (batch, *cells, channels * phases), groups)[0]
+        routes.append((work, _phases_as_channels))
+    return min(routes, key=lambda route: route[0])
+
+
+def _unfolding_work(axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int) -> float:
+    batch, *sizes, channels = shape
+    n = channels // groups * math.prod(axis.kernel for axis in axes)
+    positions = math.prod(a.positions(size) for a, size in zip(axes, sizes, strict=True))
+    return CALL_WORK + batch * groups * positions * n * (n + COPY_WORK)
+
+
+def _autocorrelation_work(axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int) -> float:
+    batch, *sizes, channels = shape
+    width = channels // groups
+    products = math.prod(_shifts(axes)) * max(width, 16)  # the kernel works on 16 channels at a time
+    work = 3 * CALL_WORK + batch * channels * math.prod(sizes) * (products + COPY_WORK)
+    for strips in _strips(axes, tuple(sizes)):
+        count = len(strips.starts)
+        thin = (*sizes[: strips.dim], strips.length, *sizes[strips.dim + 1 :])
+        work += _plan(strips.axes, (batch, *thin, channels * count), groups * count)[0]
+    return work
 
 
 def _unfolded(image: Tensor, axes: tuple[Axis, ...], groups: int) -> Tensor:
@@ -515,9 +527,7 @@ def _autocorrelation(image: Tensor, axes: tuple[Axis, ...], groups: int) -> Tens
     others = [axis.kernel for axis in axes[:lead] + axes[lead + 1 :]]
     is_line = math.prod(others) == 1 == math.prod(image.shape[2 + lead : -1])
     if is_line and axes[lead].dilation == 1:
-        shifts = _line_autocorrelation(
-            image.flatten(1 + lead, -2).flatten(0, lead), axes[lead], groups
-        )
+        shifts = _line_autocorrelation(image.flatten(1 + lead, -2).flatten(0, lead), axes[lead], groups)
         return shifts.view(groups, *_shifts(axes), *shifts.shape[-2:])
     return _image_autocorrelation(image, axes, groups)
 
@@ -588,7 +598,7 @@ def _spread(shifts: Tensor, axes: Sequence[Axis]) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _shift_places(kernel: tuple[int, ...], lead: int, device: torch.device) -> Tensor:
-    """Return where S[t' - t] of each pair of taps is among the shifts and, then, their transposes."""
+    """Return the places of S[t' - t] of all pairs of taps in the shifts and then their transposes."""
     lowest = [0 if dim == lead else 1 - k for dim, k in enumerate(kernel)]
     computed = list(itertools.product(*map(range, lowest, kernel)))
     place = {tuple(-d for d in shift): len(computed) + i for i, shift in enumerate(computed)}
@@ -599,9 +609,7 @@ def _shift_places(kernel: tuple[int, ...], lead: int, device: torch.device) -> T
     return torch.tensor(places, device=device)
 
 
-def _coarse_axes(
-    axes: Sequence[Axis], sizes: Sequence[int]
-) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
+def _coarse_axes(axes: Sequence[Axis], sizes: Sequence[int]) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
     """Return axes and sizes of the image whose cells of stride elements are one element each."""
     coarse, cells = [], []
     for axis, size in zip(axes, sizes, strict=True):
@@ -617,9 +625,7 @@ def _phases_as_channels(image: Tensor, axes: tuple[Axis, ...], groups: int) -> T
     dims, strides = len(axes), [axis.stride for axis in axes]
     coarse, cells = _coarse_axes(axes, image.shape[1:-1])
     fit = [
-        axis._replace(high=axis.stride * count - size - axis.low)
-        if axis.stride > 1
-        else axis._replace(low=0, high=0)
+        axis._replace(high=axis.stride * count - size - axis.low) if axis.stride > 1 else axis._replace(low=0, high=0)
         for axis, size, count in zip(axes, image.shape[1:-1], cells, strict=True)
     ]
     split = [length for pair in zip(cells, strides, strict=True) for length in pair]

@@ -1,0 +1,49 @@
+"""K-FAC as a preconditioner around any optimizer, in reading order.
+
+linalg        symmetric matrices
+factors       Statistics, Pair, Factors: values and running averages
+convolution   factors of convolutions without unfolding
+layers        every supported module as output = input @ weight.T + bias
+attention     nn.MultiheadAttention, whose own modules are never called
+solvers       decompose (costly) and solve (cheap)
+decompositions  what is held of every layer between two inverse steps
+coverage      which layers are preconditioned, and why the others are not
+fisher, damping, trust_region   the choices of a step
+capture       hooks: one backward pass in, Statistics out
+preconditioner  the step, in phases
+"""
+
+from kaisa.kfac.coverage import Coverage, CoverageRow
+from kaisa.kfac.damping import LevenbergMarquardt
+from kaisa.kfac.factors import Factors, Label, Pair, Statistics
+from kaisa.kfac.fisher import Fisher
+from kaisa.kfac.layers import Layer, LayerOptions, MatrixLayer, NotCovered, register
+from kaisa.kfac.preconditioner import KFACPreconditioner
+from kaisa.kfac.solvers import EKFAC, Cholesky, Eigen, Solver, WarmStart
+from kaisa.kfac.trust_region import Graft, KLClip, NormConstraint, TrustRegion
+
+__all__ = [
+    "EKFAC",
+    "Cholesky",
+    "Coverage",
+    "CoverageRow",
+    "Eigen",
+    "Factors",
+    "Fisher",
+    "Graft",
+    "KFACPreconditioner",
+    "KLClip",
+    "Label",
+    "Layer",
+    "LayerOptions",
+    "LevenbergMarquardt",
+    "MatrixLayer",
+    "NormConstraint",
+    "NotCovered",
+    "Pair",
+    "Solver",
+    "Statistics",
+    "TrustRegion",
+    "WarmStart",
+    "register",
+]

@@ -1,0 +1,608 @@
+"""KFACPreconditioner: the step, in phases.
+
+    Statistics ─► running average                              (factor steps)
+    factors ─► decompose                                       (inverse steps)
+    solve(raw) ─► scale by the trust region ─► .grad           (every step)
+
+Layers whose factors have equal shapes are one stack: decomposed, rotated and scaled as one batch.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from kaisa.errors import ConfigurationError, StateError
+from kaisa.kfac import fisher as fishers
+from kaisa.kfac import solvers
+from kaisa.kfac.capture import Capture
+from kaisa.kfac.clock import Clock
+from kaisa.kfac.coverage import Coverage, discover, unwrapped
+from kaisa.kfac.damping import LevenbergMarquardt
+from kaisa.kfac.decompositions import Decompositions, Stack
+from kaisa.kfac.factors import Factors, Label, Pair, Statistics
+from kaisa.kfac.fisher import Fisher
+from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
+from kaisa.kfac.solvers import EKFAC, Solver
+from kaisa.kfac.trust_region import KLClip, TrustRegion
+from kaisa.schedules import DECAY, POSITIVE, STEPS, Scalar, Schedule
+
+_LARGEST_CHUNK = 64 * 2**20  # bytes of single examples' gradients that are formed at once
+
+
+class LossScaler(Protocol):
+    """What K-FAC asks of a ``torch.amp.GradScaler``."""
+
+    def scale(self, outputs: Tensor) -> Tensor:
+        """Returns the tensor times the loss scale."""
+
+
+class KFACPreconditioner:
+    """Rewrites the gradients of a model with K-FAC before any optimizer's step.
+
+    Example:
+        >>> kfac = kaisa.KFACPreconditioner(model, optimizer)
+        >>> loss.backward()
+        >>> kfac.step()
+        >>> optimizer.step()
+
+    Every number may be a function of the step. Names are those of kfac-pytorch.
+
+    Args:
+        model: the model, as it is or wrapped by DistributedDataParallel or torch.compile.
+        optimizer: the base optimizer, from which the trust region reads the learning rates.
+        factor_update_steps: steps between two updates of the factors.
+        inv_update_steps: steps between two decompositions.
+        damping: λ, in units of the Fisher of the loss per example; a ``LevenbergMarquardt`` adapts it.
+        factor_decay: decay of the running average of the factors, 0 to below 1.
+        kl_clip: κ of the trust region, None for no trust region; see ``trust_region``.
+        lr: learning rate for the trust region where no optimizer is given.
+        accumulation_steps: backward passes between two steps, by which the loss is divided.
+        grad_scaler: the ``GradScaler`` of mixed-precision training; unscale the gradients before ``step()``.
+        factor_dtype: the type of the factors, None for float32 (float64 for float64 parameters).
+        inv_dtype: the type of decompositions and of the products with them.
+        skip_layers: regular expressions of module names or type names that are left to the optimizer.
+        solver: "eigen", "cholesky", "ekfac", "sqrt_ekfac", "warm_eigen" or a ``Solver``.
+        sharing: "expand" or "reduce", the treatment of weights shared over positions (arXiv 2311.00636).
+        fisher: "empirical", or "categorical", "gaussian", "bernoulli" for labels sampled from the prediction, or a
+            ``Fisher``; all but the empirical need ``sample_fisher(outputs)`` before the backward pass.
+        factor_examples: the share of examples that enter the factors, unbiased; one part of 1/share parts is drawn.
+        factor_scaling: "fisher", or "kaisa" for the scale and the identity start of the reference implementation.
+        loss_reduction: "mean" or "sum" over the terms of the loss.
+        loss_terms: how many terms the loss of one backward pass has, when not one for each example: for a language
+            model batch × tokens.
+        trust_region: replaces the KL clip: a ``NormConstraint`` or ``Graft``.
+        layer_options: which kinds of layer are covered, and the largest dense factor.
+        spread_inverses: spreads decompositions over the steps until the next, so that no step is long.
+        patience: failed decompositions of a layer in a row that are borne before an error.
+        seed: for everything random.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot work, or no layer can be preconditioned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        factor_update_steps: Scalar = 10,
+        inv_update_steps: Scalar = 100,
+        damping: Scalar = 0.003,
+        factor_decay: Scalar = 0.95,
+        kl_clip: Scalar | None = 0.001,
+        lr: Scalar | None = None,
+        accumulation_steps: int = 1,
+        grad_scaler: LossScaler | None = None,
+        factor_dtype: torch.dtype | None = None,
+        inv_dtype: torch.dtype = torch.float32,
+        skip_layers: str | Sequence[str] = (),
+        solver: str | Solver = "eigen",
+        sharing: str = EXPAND,
+        fisher: str | Fisher = "empirical",
+        factor_examples: float = 1.0,
+        factor_scaling: str = "fisher",
+        loss_reduction: str = "mean",
+        loss_terms: float | None = None,
+        trust_region: TrustRegion | None = None,
+        layer_options: LayerOptions | None = None,
+        spread_inverses: bool = False,
+        patience: int = 3,
+        seed: int = 0,
+    ) -> None:
+        _one_of("sharing", sharing, (EXPAND, REDUCE))
+        _one_of("factor_scaling", factor_scaling, ("fisher", "kaisa"))
+        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        _at_least_one("accumulation_steps", accumulation_steps)
+        _at_least_one("patience", patience)
+        if not 0 < factor_examples <= 1 or abs(1 / factor_examples - round(1 / factor_examples)) > 1e-6:
+            raise ConfigurationError(f"factor_examples is {factor_examples}; give 1, 1/2, 1/3, 1/4, …")
+        if loss_terms is not None and not loss_terms > 0:
+            raise ConfigurationError(f"loss_terms is {loss_terms}; give the number of terms, above zero, or None")
+        if trust_region is None and kl_clip is not None:
+            trust_region = KLClip(kl_clip)
+            Schedule("kl_clip", kl_clip, POSITIVE)
+        if isinstance(trust_region, KLClip) and optimizer is None and lr is None:
+            raise ConfigurationError("the KL clip needs learning rates; give the optimizer, or lr, or kl_clip=None")
+        self._factor_interval = Schedule("factor_update_steps", factor_update_steps, STEPS)
+        self._inverse_interval = Schedule("inv_update_steps", inv_update_steps, STEPS)
+        self._damping = Schedule("damping", damping, POSITIVE)
+        self._decay = Schedule("factor_decay", factor_decay, DECAY)
+        self._lr = None if lr is None else Schedule("lr", lr, POSITIVE)
+        self._solver = solvers.named(solver)
+        self._fisher = fishers.named(fisher)
+        self._trust_region = trust_region
+        self._spread = spread_inverses
+        self._patience = patience
+        self._inverse_dtype = inv_dtype
+        self._accumulation_steps = accumulation_steps
+        self._scaler = grad_scaler
+        self._scaling = factor_scaling
+        self._optimizer = optimizer
+        plain = unwrapped(model)
+        norm_sharing = REDUCE if loss_terms is None else sharing
+        layers, self._coverage = discover(
+            plain, layer_options or LayerOptions(), _patterns(skip_layers), sharing, norm_sharing
+        )
+        if not layers:
+            raise ConfigurationError(f"no layer can be preconditioned:\n{self._coverage}")
+        self._layers = {layer.name: layer for layer in layers}
+        self.factors = Factors(Label("running", self._fisher.kind, sharing), from_identity=factor_scaling == "kaisa")
+        self._decompositions = Decompositions(
+            self._solver, list(self._layers), {layer.name: _held_in(layer, inv_dtype) for layer in layers}, patience
+        )
+        self._model = plain
+        self._steps = 0
+        self._last_factors: int | None = None
+        self._last_inverses: int | None = None
+        self._queue: list[str] = []
+        self._groups: dict[Any, dict[str, Any]] = {}
+        self._start: _Start | None = None
+        self._clock = Clock()
+        self._loss_scales: dict[torch.device, Tensor] = {}
+        self._example_moments: dict[str, Tensor] = {}
+        self._label_generator = torch.Generator().manual_seed(seed)
+        per_example = isinstance(self._solver, EKFAC) and self._solver.per_example
+        if per_example and factor_examples != 1:
+            raise ConfigurationError("per-example EKFAC needs every example; leave factor_examples at 1")
+        self._capture = Capture(
+            plain,
+            layers,
+            reduction=loss_reduction,
+            terms=loss_terms,
+            loss_scale=self._undo_loss_scale,
+            fraction=factor_examples,
+            dtype=factor_dtype,
+            seed=seed,
+            clock=self._clock,
+            examples_observer=self._observe_examples if per_example else None,
+        )
+        if self._fisher.kind != "empirical":
+            self._capture.expect_sampled()
+        self._capture.active = self._factors_are_due()
+
+    # ------------------------------------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Replaces the gradients of the covered layers by preconditioned ones.
+
+        Call it after the backward pass (with a ``GradScaler``, after ``unscale_``) and before ``optimizer.step()``.
+
+        Raises:
+            DecompositionError: a layer could not be decomposed ``patience`` times in a row.
+            ConfigurationError: a sampled Fisher was never sampled for.
+        """
+        self._check_unscaled()
+        if self._factors_are_due():
+            with self._clock("factors"):
+                self._update_factors()
+        self._update_inverses()
+        with self._clock("precondition"):
+            self._precondition()
+        self._steps += 1
+        self._loss_scales.clear()
+        self._capture.active = self._factors_are_due()
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been taken."""
+        return self._steps
+
+    @property
+    def damping(self) -> float:
+        """λ at the coming step."""
+        return self._damping.resolve(self._steps)
+
+    def _factors_are_due(self) -> bool:
+        return _due(self._steps, self._last_factors, self._factor_interval)
+
+    def _update_factors(self) -> None:
+        statistics = self._capture.take()
+        if not statistics:
+            if self._fisher.kind != "empirical" and self._last_factors is None:
+                raise ConfigurationError(
+                    f"fisher is {self._fisher.kind!r} but nothing was sampled; "
+                    "call kfac.sample_fisher(outputs) between the forward and the backward pass"
+                )
+            return
+        decay = self._decay.resolve(self._steps)
+        for name, sums in statistics.items():
+            layer = self._layers[name]
+            pair = layer.pair(sums) if self._scaling == "fisher" else _reference_pair(layer, sums)
+            self.factors.update(name, pair, decay)
+        self._take_example_moments(statistics)
+        self._last_factors = self._steps
+
+    def _update_inverses(self) -> None:
+        if self.factors and _due(self._steps, self._last_inverses, self._inverse_interval):
+            self._queue = sorted(self.factors, key=self._cost, reverse=True)
+            self._last_inverses = self._steps
+        if self._queue:
+            new = [name for name in self._queue if name not in self._decompositions]
+            waiting = [name for name in self._queue if name in self._decompositions]
+            count = self._share_of(waiting) if self._spread else len(waiting)
+            self._queue = waiting[count:]
+            with self._clock("inverses"):
+                pairs = {name: self.factors[name] for name in (*new, *waiting[:count])}
+                self._decompositions.refresh(pairs, self.damping)
+
+    def _cost(self, name: str) -> tuple[int, str]:
+        return sum(factor.shape[-1] ** 3 for factor in self.factors[name] if factor.ndim > 1), name
+
+    def _share_of(self, waiting: list[str]) -> int:
+        """Spreads what waits evenly over the steps that are left until the next refresh."""
+        assert self._last_inverses is not None
+        left = self._inverse_interval.resolve_steps(self._steps) - (self._steps - self._last_inverses)
+        return -(-len(waiting) // max(1, left))
+
+    def _precondition(self) -> None:
+        chosen = [(stack, self._reached(stack)) for stack in self._decompositions.stacks]
+        chosen = [(stack, indices) for stack, indices in chosen if indices]
+        stacks = [stack.select(indices) for stack, indices in chosen]
+        raw = [torch.stack([self._layers[name].gradient() for name in stack.names]) for stack in stacks]
+        self._remember(stacks, raw)
+        solved = self._solve(stacks, raw)
+        for (whole, indices), stack in zip(chosen, stacks, strict=True):
+            whole.store_moments(indices, stack)
+        for stack, gradient in zip(stacks, self._bounded(stacks, raw, solved), strict=True):
+            for name, matrix in zip(stack.names, gradient.unbind(), strict=True):
+                self._layers[name].write_(matrix)
+
+    def _reached(self, stack: Stack) -> list[int]:
+        return [index for index, name in enumerate(stack.names) if self._layers[name].has_gradient()]
+
+    def _solve(self, stacks: list[Stack], raw: list[Tensor]) -> list[Tensor]:
+        damping = self.damping
+        return [
+            self._solver.solve(stack.a, stack.g, gradient.to(stack.a[0].dtype), damping, stack.moments)
+            for stack, gradient in zip(stacks, raw, strict=True)
+        ]
+
+    def _bounded(self, stacks: list[Stack], raw: list[Tensor], solved: list[Tensor]) -> list[Tensor]:
+        if self._trust_region is None or not stacks:
+            return solved
+        rates = [self._rates(stack, gradient) for stack, gradient in zip(stacks, solved, strict=True)]
+        scales = self._trust_region.scales(raw, solved, rates, self._steps)
+        return [gradient * scale for gradient, scale in zip(solved, scales, strict=True)]
+
+    def _rates(self, stack: Stack, like: Tensor) -> Tensor:
+        rates = [self._rate(self._layers[name].weight) for name in stack.names]
+        numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+        if len(numbers) < len(rates):
+            return torch.stack([torch.as_tensor(rate, device=like.device) for rate in rates])
+        if len(set(numbers)) == 1:
+            return torch.full((len(numbers),), numbers[0], device=like.device)
+        return torch.tensor(numbers, device=like.device)
+
+    def _rate(self, weight: nn.Parameter) -> float | Tensor:
+        if self._lr is not None:
+            return self._lr.resolve(self._steps)
+        if self._optimizer is None:
+            return 1.0
+        if weight not in self._groups:
+            self._groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        group = self._groups.get(weight)
+        rate: float | Tensor = 0.0 if group is None else group["lr"]
+        return rate
+
+    # ------------------------------------------------------------------------------- the Fisher of the prediction
+
+    def sample_fisher(self, outputs: Tensor) -> None:
+        """Runs the extra backward passes of a sampled or exact Fisher; does nothing on steps that update no factors.
+
+        Call it between the forward pass and ``loss.backward()``. Gradients of parameters stay as they are.
+
+        Args:
+            outputs: what the loss is a function of: logits, or means of a Gaussian.
+
+        Raises:
+            ConfigurationError: the Fisher is empirical and needs no sample.
+        """
+        if self._fisher.kind == "empirical":
+            raise ConfigurationError(
+                "the empirical Fisher needs no sample_fisher; choose another fisher=, or leave it out"
+            )
+        if not self._capture.active:
+            return
+        parameters = [parameter for layer in self._layers.values() for parameter in layer.parameters]
+        for index, gradient in enumerate(self._fisher.output_gradients(outputs, self._label_generator)):
+            with self._capture.sampling(with_inputs=index == 0):
+                torch.autograd.grad(outputs, parameters, gradient, retain_graph=True, allow_unused=True)
+
+    # -------------------------------------------------------------------------------------------- adaptive damping
+
+    def adapt_damping(self, loss: Tensor | float, closure: Callable[[], Tensor | float]) -> None:
+        """Compares the actual change of the loss with the model's and adapts λ; call after ``optimizer.step()``.
+
+        Does nothing but on every ``interval``-th step, on which it evaluates the loss once and reads it on the host.
+
+        Args:
+            loss: the loss that the step started from.
+            closure: evaluates the loss of the same batch with the parameters as they are now.
+
+        Raises:
+            ConfigurationError: ``damping`` is no ``LevenbergMarquardt``.
+        """
+        rule = self._damping.value
+        if not isinstance(rule, LevenbergMarquardt):
+            raise ConfigurationError("adapt_damping needs damping=LevenbergMarquardt(...)")
+        start, self._start = self._start, None
+        if start is None:
+            return
+        active, self._capture.active = self._capture.active, False
+        try:
+            with torch.no_grad():
+                actual = float(closure()) - float(loss)
+                rule.observe(actual, float(self._predicted_change(start)))
+        finally:
+            self._capture.active = active
+
+    def _damping_is_due(self) -> bool:
+        rule = self._damping.value
+        return isinstance(rule, LevenbergMarquardt) and self._steps % rule.interval == 0
+
+    def _remember(self, stacks: list[Stack], raw: list[Tensor]) -> None:
+        """Keeps what ``adapt_damping`` needs: where the step starts from and the raw gradients."""
+        self._start = None
+        if not self._damping_is_due():
+            return
+        gradients = {
+            name: matrix
+            for stack, gradient in zip(stacks, raw, strict=True)
+            for name, matrix in zip(stack.names, gradient.unbind(), strict=True)
+        }
+        covered = {parameter for name in gradients for parameter in self._layers[name].parameters}
+        others = [
+            (parameter, parameter.detach().clone(), parameter.grad.clone())
+            for parameter in self._model.parameters()
+            if parameter.grad is not None and parameter not in covered
+        ]
+        values = {name: self._layers[name].values().clone() for name in gradients}
+        self._start = _Start(gradients, values, others, self.damping)
+
+    def _predicted_change(self, start: "_Start") -> Tensor:
+        change = torch.zeros((), dtype=torch.float64)
+        for parameter, old, gradient in start.others:
+            change = change + ((parameter - old) * gradient).sum().double().to(change.device)
+        for name, gradient in start.gradients.items():
+            delta = self._layers[name].values() - start.values[name]
+            curved = _applied(self.factors[name], delta) + start.damping * delta
+            change = change + (delta * (gradient + curved / 2)).sum().double().to(change.device)
+        return change
+
+    # ---------------------------------------------------------------------------------------------- what it is told
+
+    def _undo_loss_scale(self, device: torch.device) -> float | Tensor:
+        """Returns what gradients must be multiplied by to be those of the mean loss of one micro-batch."""
+        if self._scaler is None:
+            return float(self._accumulation_steps)
+        if device not in self._loss_scales:
+            one = torch.ones((), device=device)
+            scale = one * self._scaler() if callable(self._scaler) else self._scaler.scale(one)
+            self._loss_scales[device] = self._accumulation_steps / scale
+        return self._loss_scales[device]
+
+    def _check_unscaled(self) -> None:
+        states = getattr(self._scaler, "_per_optimizer_states", None)
+        if states is None or self._optimizer is None or not getattr(self._scaler, "is_enabled", bool)():
+            return
+        stage = states[id(self._optimizer)]["stage"] if id(self._optimizer) in states else None
+        if stage is None or stage.name == "READY":
+            raise ConfigurationError(
+                "the gradients are still scaled; call scaler.unscale_(optimizer) before kfac.step()"
+            )
+
+    def _observe_examples(self, layer: Layer, x: Tensor, delta: Tensor) -> None:
+        """Adds up the squares of single examples' gradients in the eigenbasis (per-example EKFAC)."""
+        if layer.name not in self._decompositions:
+            return
+        stack, index = self._decompositions.slot(layer.name)
+        a, g = stack.sides(index)
+        size = max(1, _LARGEST_CHUNK // (8 * layer.weight.numel()))
+        for first in range(0, x.shape[0], size):
+            gradients = layer.example_gradients(x[first : first + size], delta[first : first + size])
+            if gradients is None:
+                return
+            squares = solvers.rotate(gradients.to(a[0].dtype), a, g).square().sum(0)
+            total = self._example_moments.get(layer.name)
+            self._example_moments[layer.name] = squares if total is None else total + squares
+
+    def _take_example_moments(self, statistics: Mapping[str, Statistics]) -> None:
+        """Hands what this step showed of the spectrum to the solvers that correct eigenvalues."""
+        squares, self._example_moments = self._example_moments, {}
+        for stack in self._decompositions.stacks:
+            if stack.moments is None:
+                continue
+            seen = [name for name in stack.names if name in statistics]
+            if seen:
+                stack.moments.terms = statistics[seen[0]].examples
+            if all(name in squares for name in stack.names):
+                assert isinstance(self._solver, EKFAC)
+                means = [squares[name] / statistics[name].examples for name in stack.names]
+                stack.moments.take(torch.stack(means), self._solver.decay)
+
+    # ---------------------------------------------------------------------------------------------- what it tells
+
+    def coverage(self) -> Coverage:
+        """Returns, layer by layer, what is preconditioned, how, and what is left to the optimizer and why."""
+        return self._coverage
+
+    def memory_usage(self) -> dict[str, int]:
+        """Returns the bytes held by kind: factors, decompositions, moments, statistics, and their total."""
+        usage = {"factors": 0, "decompositions": 0, "moments": 0, "statistics": self._capture.nbytes()}
+        for pair in self.factors.values():
+            usage["factors"] += sum(factor.nbytes for factor in pair)
+        for kind, tensor in self._decompositions.tensors():
+            usage[kind] += tensor.nbytes
+        return {**usage, "total": sum(usage.values())}
+
+    def timings(self) -> dict[str, float]:
+        """Returns the mean seconds of each phase when it ran: factors, inverses, precondition, and the whole step.
+
+        The making of statistics inside the backward pass is the phase "statistics", in seconds a factor step.
+        """
+        return self._clock.means()
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many decompositions in a row have failed, by layer; layers without failures are absent."""
+        return dict(self._decompositions.failures)
+
+    # --------------------------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that a run needs to go on to the bit: containers, numbers, copies of tensors."""
+        rule = self._damping.value
+        return {
+            "format": 1,
+            "steps": self._steps,
+            "last_factors": self._last_factors,
+            "last_inverses": self._last_inverses,
+            "queue": list(self._queue),
+            "solver": repr(self._solver),
+            "scaling": self._scaling,
+            "shapes": {name: list(layer.shape) for name, layer in self._layers.items()},
+            "factors": self.factors.state(),
+            "decompositions": self._decompositions.state(),
+            "failures": dict(self._decompositions.failures),
+            "label_generator": self._label_generator.get_state(),
+            "example_generator": self._capture.generator.get_state(),
+            "damping": rule.value if isinstance(rule, LevenbergMarquardt) else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict()``; the argument is copied and stays as it is.
+
+        Raises:
+            StateError: the state is of another model or solver; every difference is said, and nothing has changed.
+        """
+        differences = self._differences(state)
+        if differences:
+            raise StateError("the state does not belong to this preconditioner:\n  " + "\n  ".join(differences))
+        devices = {name: layer.weight.device for name, layer in self._layers.items()}
+        self._steps = state["steps"]
+        self._last_factors, self._last_inverses = state["last_factors"], state["last_inverses"]
+        self._queue = list(state["queue"])
+        self.factors.restore(state["factors"], devices)
+        self._decompositions.restore(state["decompositions"], devices)
+        self._decompositions.failures = dict(state["failures"])
+        self._label_generator.set_state(state["label_generator"].cpu())
+        self._capture.generator.set_state(state["example_generator"].cpu())
+        if isinstance(self._damping.value, LevenbergMarquardt) and state["damping"] is not None:
+            self._damping.value.value = state["damping"]
+        self._capture.take()
+        self._capture.active = self._factors_are_due()
+
+    def _differences(self, state: Mapping[str, Any]) -> list[str]:
+        if state.get("format") != 1:
+            return [f"format: found {state.get('format')!r}, expected 1"]
+        missing = sorted(set(self.__class__._STATE_KEYS) - set(state))
+        if missing:
+            return [f"missing entries: {', '.join(missing)}"]
+        found, expected = state["shapes"], {name: list(layer.shape) for name, layer in self._layers.items()}
+        lines = [f"{name}: missing from the state" for name in expected if name not in found]
+        lines += [f"{name}: in the state, but not in the model" for name in found if name not in expected]
+        lines += [
+            f"{name}: shape {tuple(found[name])} in the state, {tuple(expected[name])} in the model"
+            for name in expected
+            if name in found and list(found[name]) != expected[name]
+        ]
+        if state["solver"] != repr(self._solver):
+            lines.append(f"solver: {state['solver']} in the state, {self._solver!r} here")
+        if state["scaling"] != self._scaling:
+            lines.append(f"factor_scaling: {state['scaling']} in the state, {self._scaling} here")
+        return lines
+
+    _STATE_KEYS = (
+        "steps", "last_factors", "last_inverses", "queue", "solver", "scaling", "shapes", "factors", "decompositions",
+        "failures", "label_generator", "example_generator", "damping",
+    )  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------------- its end
+
+    def close(self) -> None:
+        """Takes every hook off the model; the factors stay readable."""
+        self._capture.active = False
+        self._capture.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass
+class _Start:
+    """Where a step started from: raw gradients and values as matrices, the same for parameters that are not covered."""
+
+    gradients: dict[str, Tensor]
+    values: dict[str, Tensor]
+    others: list[tuple[nn.Parameter, Tensor, Tensor]]
+    damping: float
+
+
+def _applied(pair: Pair, matrix: Tensor) -> Tensor:
+    """Returns G Δ A."""
+    left = pair.g @ matrix if pair.g.ndim == matrix.ndim else pair.g.unsqueeze(-1) * matrix
+    return left @ pair.a if pair.a.ndim == matrix.ndim else left * pair.a
+
+
+def _reference_pair(layer: Layer, sums: Statistics) -> Pair:
+    """Returns the factors as the reference implementation scales them: ⟨a aᵀ⟩/S² and ⟨g gᵀ⟩/S² with g = δ/B."""
+    if not isinstance(layer, MatrixLayer | Convolution):
+        return layer.pair(sums)
+    area = sums.area**2
+    return Pair(sums.a / (sums.positions * area), sums.g / (sums.scale**2 * sums.positions * area))
+
+
+def _held_in(layer: Layer, dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if layer.weight.dtype == torch.float64 else dtype
+
+
+def _due(step: int, last: int | None, interval: Schedule) -> bool:
+    return last is None or step - last >= interval.resolve_steps(step)
+
+
+def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(pattern) for pattern in ([skip] if isinstance(skip, str) else skip)]
+    except re.error as error:
+        raise ConfigurationError(f"skip_layers holds no regular expression: {error}") from error
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name} is {value!r}; give {' or '.join(map(repr, allowed))}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} is {value!r}; give a whole number of at least 1")
