@@ -67,7 +67,5 @@ def test_importing_the_library_prints_nothing_and_needs_no_extra() -> None:
         "    sys.modules[name] = None\n"
         "import kaisa, kaisa.cli\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -18,9 +18,7 @@ RANGES: dict[str, tuple[Range, list[float], list[float]]] = {
 
 
 @pytest.mark.parametrize(("allowed", "good", "bad"), RANGES.values(), ids=RANGES)
-def test_a_range_takes_what_it_says_and_nothing_else(
-    allowed: Range, good: list[float], bad: list[float]
-) -> None:
+def test_a_range_takes_what_it_says_and_nothing_else(allowed: Range, good: list[float], bad: list[float]) -> None:
     assert all(value in allowed for value in good)
     assert not any(value in allowed for value in bad)
 

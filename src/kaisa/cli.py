@@ -157,7 +157,7 @@ def train(
     factor_decay: Annotated[
         float | None, _option("Weight of the past in the factors", panel=KFAC)
     ] = None,
-    kl_clip: Annotated[float | None, _option("Size of the trust region", panel=KFAC)] = None,
+    kl_clip: Annotated[float | None, _option("Size of the trust region; 0 for none", panel=KFAC)] = None,
     solver: Annotated[
         str | None, _option("eigen, cholesky, ekfac or sqrt_ekfac", panel=KFAC)
     ] = None,

@@ -64,9 +64,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"output {folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigurationError(
-            f"output {folder} is not empty; give another, or --resume {folder} to go on"
-        )
+        raise ConfigurationError(f"output {folder} is not empty; give another, or --resume {folder} to go on")
 
 
 def check_same_data(record: Record, data: Data) -> None:

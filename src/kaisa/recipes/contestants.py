@@ -10,7 +10,7 @@ from torch import nn
 
 import kaisa
 from kaisa.errors import ConfigurationError
-from kaisa.schedules import FRACTION, NON_NEGATIVE, POSITIVE, STEPS, Schedule
+from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Schedule
 
 OPTIMIZERS = ("sgd", "adamw")
 SOLVERS = ("eigen", "cholesky", "ekfac", "sqrt_ekfac")
@@ -20,6 +20,8 @@ WARM_UP = 0.05  # the share of the steps over which the learning rate rises
 @dataclass(frozen=True)
 class Preconditioning:
     """The options of K-FAC that the recipes offer; see `kaisa.KFACPreconditioner`.
+
+    A `kl_clip` of 0 is none.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -36,12 +38,10 @@ class Preconditioning:
         Schedule("damping", self.damping, POSITIVE)
         Schedule("factor-update-steps", self.factor_update_steps, STEPS)
         Schedule("inv-update-steps", self.inv_update_steps, STEPS)
-        Schedule("factor-decay", self.factor_decay, FRACTION)
-        Schedule("kl-clip", self.kl_clip, POSITIVE)
+        Schedule("factor-decay", self.factor_decay, DECAY)
+        Schedule("kl-clip", self.kl_clip, NON_NEGATIVE)
         if self.solver not in SOLVERS:
-            raise ConfigurationError(
-                f"unknown solver {self.solver!r}; choose from {', '.join(SOLVERS)}"
-            )
+            raise ConfigurationError(f"unknown solver {self.solver!r}; choose from {', '.join(SOLVERS)}")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class Contestant:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigurationError(
-                f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}"
-            )
+            raise ConfigurationError(f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
         Schedule("lr", self.learning_rate, POSITIVE)
         Schedule("weight-decay", self.weight_decay, NON_NEGATIVE)
 
@@ -109,7 +107,7 @@ class Contestant:
             factor_update_steps=options.factor_update_steps,
             inv_update_steps=options.inv_update_steps,
             factor_decay=options.factor_decay,
-            kl_clip=options.kl_clip,
+            kl_clip=options.kl_clip or None,
             solver=options.solver,
             seed=seed,
         )

@@ -83,6 +83,6 @@ def _read_images(options: Options, progress: Progress | None) -> Data:
 def _digest(*parts: Images) -> str:
     digest = hashlib.sha256()
     for images in parts:
-        digest.update(images.pixels.contiguous().numpy())
-        digest.update(images.labels.numpy())
+        digest.update(images.pixels.contiguous().numpy().data)
+        digest.update(images.labels.numpy().data)
     return digest.hexdigest()

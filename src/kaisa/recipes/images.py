@@ -26,9 +26,7 @@ from torch import Tensor
 from kaisa.errors import DataError
 from kaisa.recipes.extras import load_extra
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-)
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 Progress = Callable[[int, int], None]
 
@@ -135,8 +133,7 @@ def _check_classes(classes: dict[str, list[str]], path: Path) -> None:
         raise DataError(f"class folder without images: {empty[0]} in {path}")
     if len(classes) < 2:
         raise DataError(
-            f"found {len(classes)} class folders with images in {path}; give two or more, "
-            "as CLASS/NAME.jpg"
+            f"found {len(classes)} class folders with images in {path}; give two or more, as CLASS/NAME.jpg"
         )
 
 
@@ -183,9 +180,7 @@ def _decode(data: bytes, name: str, side: int | None) -> NDArray[np.uint8]:
 def _check_size(pixels: NDArray[np.uint8], first: NDArray[np.uint8], name: str) -> None:
     if pixels.shape[:2] != first.shape[:2]:
         found, expected = (f"{p.shape[1]}x{p.shape[0]}" for p in (pixels, first))
-        raise DataError(
-            f"{name} is {found} pixels, the first image {expected}; give --image-size to resize"
-        )
+        raise DataError(f"{name} is {found} pixels, the first image {expected}; give --image-size to resize")
 
 
 def _stack(decoded: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -17,11 +17,7 @@ def mlp(shape: Shape, classes: int) -> nn.Module:
     """Build a perceptron with six hidden layers, without normalisation."""
     channels, height, width = shape
     sizes = [channels * height * width, *[128] * 6]
-    hidden = [
-        layer
-        for inputs, outputs in pairwise(sizes)
-        for layer in (nn.Linear(inputs, outputs), nn.Tanh())
-    ]
+    hidden = [layer for inputs, outputs in pairwise(sizes) for layer in (nn.Linear(inputs, outputs), nn.Tanh())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 

@@ -76,9 +76,7 @@ class TerminalProgress:
     def step(self, loss: float, accuracy: float) -> None:
         """Advance by a step."""
         if self._running is not None:
-            self._bars.update(
-                self._running, advance=1, figures=f"loss {loss:.3f}  accuracy {accuracy:.1%}"
-            )
+            self._bars.update(self._running, advance=1, figures=f"loss {loss:.3f}  accuracy {accuracy:.1%}")
 
     def epoch(self, training: Training) -> None:
         """Show the end of an epoch: every run's last, others now and then."""

@@ -63,11 +63,12 @@ class Run:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Run:
         """Make the run that was written; a null among its figures is a loss that diverged."""
-        epochs = [
-            Epoch(**{name: math.nan if number is None else number for name, number in row.items()})
-            for row in value["epochs"]
-        ]
-        return cls(**{**value, "epochs": epochs})
+        return cls(**{**value, "epochs": [_read_epoch(epoch) for epoch in value["epochs"]]})
+
+
+def _read_epoch(figures: dict[str, Any]) -> Epoch:
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in figures.items()}
+    return Epoch(**known)
 
 
 @dataclass
@@ -90,9 +91,7 @@ class Record:
 
     def is_finished(self, contestant: str, seed: int) -> bool:
         """Whether a contestant is through with a seed."""
-        return any(
-            run.finished for run in self.runs if (run.contestant, run.seed) == (contestant, seed)
-        )
+        return any(run.finished for run in self.runs if (run.contestant, run.seed) == (contestant, seed))
 
     def runs_of(self, contestant: str) -> list[Run]:
         """Return the runs of a contestant that have at least one epoch."""
@@ -151,9 +150,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerators": [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ],
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
 
@@ -189,9 +186,7 @@ def find_commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        answer = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
+        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()

@@ -73,6 +73,8 @@ def _mebibytes(size: float | None) -> str:
 def conclude(record: Record) -> str:
     """Return the outcome of the race in a sentence."""
     results = summarize(record)
+    if not results:
+        return "no epoch is done yet"
     aim = _percent(choose_target(record))
     if len(results) < 2:
         return f"{results[0].contestant} ran alone; there is nothing to compare with"
@@ -90,9 +92,7 @@ def conclude(record: Record) -> str:
 def draw_plot(record: Record, folder: Path) -> Path:
     """Draw all runs into a PNG file in the folder; return its path."""
     load_extra("matplotlib", "the plot").use("agg")
-    figure = load_extra("matplotlib.figure", "the plot").Figure(
-        figsize=(9, 6.2), dpi=110, layout="constrained"
-    )
+    figure = load_extra("matplotlib.figure", "the plot").Figure(figsize=(9, 6.2), dpi=110, layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     target = choose_target(record)
     for colour, name in zip(COLOURS, record.contestants, strict=False):
@@ -108,9 +108,7 @@ def draw_plot(record: Record, folder: Path) -> Path:
 
 def _draw_contestant(axes: Any, runs: Sequence[Run], colour: str, name: str) -> None:
     for column, x in enumerate((lambda epoch: epoch.number, lambda epoch: epoch.seconds)):
-        for row, y in enumerate(
-            (lambda epoch: epoch.test_accuracy, lambda epoch: epoch.train_loss)
-        ):
+        for row, y in enumerate((lambda epoch: epoch.test_accuracy, lambda epoch: epoch.train_loss)):
             panel = axes[row][column]
             if len(runs) > 1:
                 for run in runs:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kaisa.errors import ConfigurationError
+from kaisa.recipes.contestants import Contestant, Preconditioning, learning_rate_share
+
+STEPS = 400
+
+
+def test_the_learning_rate_rises_to_its_highest_and_falls_to_almost_nothing() -> None:
+    shares = [learning_rate_share(step, STEPS) for step in range(STEPS)]
+    top = shares.index(max(shares))
+    assert max(shares) == 1.0
+    assert shares[: top + 1] == sorted(shares[: top + 1])
+    assert shares[top:] == sorted(shares[top:], reverse=True)
+    assert top <= STEPS * 0.05
+    assert 0 < shares[-1] < 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_every_step_of_a_short_run_learns(steps: int) -> None:
+    shares = [learning_rate_share(step, steps) for step in range(steps)]
+    assert all(0 < share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_the_optimizer_is_the_one_that_is_named(name: str, kind: type) -> None:
+    optimizer = Contestant(name, 0.25, weight_decay=0.125).build_optimizer(nn.Linear(2, 2))
+    assert type(optimizer) is kind
+    assert optimizer.defaults["lr"] == 0.25
+    assert optimizer.defaults["weight_decay"] == 0.125
+
+
+def test_a_first_order_contestant_has_no_preconditioner() -> None:
+    model = nn.Linear(2, 2)
+    contestant = Contestant("sgd", 0.1)
+    optimizer = contestant.build_optimizer(model)
+    assert contestant.build_preconditioner(model, optimizer, seed=0) is None
+
+
+def test_names_tell_the_contestants_apart() -> None:
+    alone, behind = (
+        Contestant("sgd", 0.1),
+        Contestant("sgd", 0.1, preconditioning=Preconditioning()),
+    )
+    assert (alone.name, alone.slug) == ("sgd", "sgd")
+    assert (behind.name, behind.slug) == ("sgd + K-FAC", "sgd-kfac")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("damping", -0.1),
+        ("damping", 0.0),
+        ("factor_update_steps", 0),
+        ("inv_update_steps", -1),
+        ("factor_decay", 1.0),
+        ("kl_clip", float("nan")),
+    ],
+)
+def test_options_of_kfac_out_of_range_are_refused_by_name(option: str, value: float) -> None:
+    with pytest.raises(ConfigurationError, match=f"{option.replace('_', '-')} is {value}; give"):
+        Preconditioning(**{option: value})  # type: ignore[arg-type]
+
+
+def test_unknown_choices_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match="unknown solver 'qr'; choose from eigen, chol"):
+        Preconditioning(solver="qr")
+    with pytest.raises(ConfigurationError, match="unknown optimizer 'lion'; choose from sgd, ada"):
+        Contestant("lion", 0.1)

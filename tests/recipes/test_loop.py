@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kaisa.errors import StateError
+from kaisa.recipes.batches import Batches
+from kaisa.recipes.contestants import Contestant, Preconditioning
+from kaisa.recipes.loop import Training, evaluate, load, save, warm_up
+from kaisa.recipes.models import build_model
+
+EPOCHS = 4
+PRECONDITIONINGS = {
+    "sgd": Contestant("sgd", 0.05),
+    "adamw": Contestant("adamw", 0.005),
+    "sgd + K-FAC": Contestant("sgd", 0.05, preconditioning=Preconditioning(0.03, 2, 4)),
+    "adamw + K-FAC": Contestant("adamw", 0.005, preconditioning=Preconditioning(0.03, 2, 4)),
+}
+
+Start = Callable[[], Training]
+
+
+@pytest.fixture(params=PRECONDITIONINGS.values(), ids=PRECONDITIONINGS)
+def contestant(request: pytest.FixtureRequest) -> Contestant:
+    found = request.param
+    assert isinstance(found, Contestant)
+    return found
+
+
+@pytest.fixture
+def start(contestant: Contestant, batches: Batches) -> Iterator[Start]:
+    """Start trainings that are closed at the end of the test."""
+    build = partial(build_model, "cnn", batches.images.shape, 3)
+    started: list[Training] = []
+
+    def begin() -> Training:
+        started.append(Training.start(contestant, batches, batches.images, EPOCHS, build))
+        return started[-1]
+
+    yield begin
+    for training in started:
+        training.close()
+
+
+def figures(training: Training) -> list[tuple[float, ...]]:
+    """Return all of the history but its seconds."""
+    return [(e.number, e.train_loss, e.train_accuracy, e.test_loss, e.test_accuracy) for e in training.history]
+
+
+def weights(training: Training) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in training.model.state_dict().values()])
+
+
+def test_the_same_seed_gives_the_same_training_bit_for_bit(start: Start) -> None:
+    first, second = start(), start()
+    for training in (first, second):
+        while not training.is_finished:
+            training.epoch()
+    assert figures(first) == figures(second)
+    assert torch.equal(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_a_resumed_training_is_the_one_that_was_never_stopped(start: Start, tmp_path: Path, stop: int) -> None:
+    whole, stopped = start(), start()
+    for _ in range(EPOCHS):
+        whole.epoch()
+    for _ in range(stop):
+        stopped.epoch()
+    save(stopped, tmp_path / "checkpoint.pt")
+    stopped.close()
+    torch.manual_seed(99)
+    resumed = start()
+    load(resumed, tmp_path / "checkpoint.pt")
+    while not resumed.is_finished:
+        resumed.epoch()
+    assert figures(resumed) == figures(whole)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_training_lowers_the_loss(start: Start) -> None:
+    training = start()
+    before, _ = evaluate(training.model, training.batches, training.test)
+    for _ in range(EPOCHS):
+        training.epoch()
+    assert training.history[-1].test_loss < before
+
+
+def test_warming_up_leaves_no_trace_on_a_training(start: Start) -> None:
+    plain, warmed = start(), start()
+    expected = plain.epoch()
+    warm_up(start())
+    assert replace(warmed.epoch(), seconds=0) == replace(expected, seconds=0)
+
+
+def test_contestants_start_from_the_same_weights(batches: Batches) -> None:
+    build = partial(build_model, "cnn", batches.images.shape, 3)
+    started = [
+        Training.start(contestant, batches, batches.images, EPOCHS, build) for contestant in PRECONDITIONINGS.values()
+    ]
+    for training in started:
+        training.close()
+    assert all(torch.equal(weights(training), weights(started[0])) for training in started)
+
+
+def test_evaluation_counts_every_image_once(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kaisa.recipes.loop.EVALUATED_AT_ONCE", 7)
+    model = build_model("cnn", batches.images.shape, 3)
+    outputs = model(batches.normalize(batches.images.pixels)).detach()
+    labels = batches.images.labels
+    loss, accuracy = evaluate(model, batches, batches.images)
+    assert loss == pytest.approx(float(functional.cross_entropy(outputs, labels)), rel=1e-5)
+    assert accuracy == pytest.approx(float((outputs.argmax(1) == labels).float().mean()))
+
+
+def test_the_watcher_hears_the_running_means(start: Start) -> None:
+    told: list[tuple[float, float]] = []
+    training = start()
+    epoch = training.epoch(lambda loss, accuracy: told.append((loss, accuracy)))
+    assert len(told) == len(training.batches)
+    assert told[-1] == (epoch.train_loss, epoch.train_accuracy)
+
+
+def test_seconds_add_up_over_epochs(start: Start) -> None:
+    training = start()
+    seconds = [training.epoch().seconds for _ in range(3)]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+def test_the_checkpoint_of_another_contestant_is_refused(start: Start, batches: Batches, tmp_path: Path) -> None:
+    save(start(), tmp_path / "checkpoint.pt")
+    other = start()
+    other.batches = replace(batches, seed=batches.seed + 1)
+    with pytest.raises(StateError, match=r"the checkpoint is of .* 3.*, expected .* 4"):
+        load(other, tmp_path / "checkpoint.pt")
+
+
+def test_an_interrupted_save_keeps_the_last_checkpoint(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = start()
+    save(training, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def write_half(state: object, path: Path) -> None:
+        path.write_bytes(before[: len(before) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        save(training, tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2  # the checkpoint and the folder of images
