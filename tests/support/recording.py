@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor, nn
+
 from tests.support.canonical import canonical_gradient, canonical_input
 from tests.support.kron import gradient_factor, input_factor
-from torch import Tensor, nn
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from tests.support.canonical import (
     canonical_gradient,
     canonical_input,
@@ -20,7 +22,6 @@ from tests.support.fisher import (
 )
 from tests.support.kron import dense_block, tikhonov_solve
 from tests.support.recording import recording
-from torch import nn
 
 MODULES = [
     nn.Linear(3, 4),
