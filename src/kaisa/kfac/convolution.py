@@ -280,13 +280,15 @@ def _zero_padded(image: Tensor, axes: Sequence[Axis]) -> Tensor:
     if not any(axis.low or axis.high for axis in axes):
         return image
     sizes = [size + a.low + a.high for a, size in zip(axes, image.shape[1:-1], strict=True)]
-    padded = image.new_zeros((image.shape[0], *sizes, image.shape[-1]))
-    inside = padded
+    padded = inside = image.new_empty((image.shape[0], *sizes, image.shape[-1]))
     for dim, axis in enumerate(axes, start=1):
-        first = max(0, -axis.low)
+        first = min(max(0, -axis.low), image.shape[dim])
         length = max(0, min(image.shape[dim], image.shape[dim] + axis.high) - first)
-        image = image.narrow(dim, first if length else 0, length)
-        inside = inside.narrow(dim, max(0, axis.low) if length else 0, length)
+        low = min(max(0, axis.low), inside.shape[dim] - length)
+        image = image.narrow(dim, first, length)
+        inside.narrow(dim, 0, low).zero_()
+        inside.narrow(dim, low + length, inside.shape[dim] - low - length).zero_()
+        inside = inside.narrow(dim, low, length)
     inside.copy_(image)
     return padded
 
@@ -581,7 +583,7 @@ def _hidden_patches(image: Tensor, shifts: Sequence[int]) -> int:
 
     The kernels of oneDNN and cuDNN take little. Without them, as for float64 on a CPU, it unfolds.
     """
-    onednn = image.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    onednn = image.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return 1 if image.is_cuda or onednn else math.prod(shifts) * math.prod(image.shape[1:-1])
 
 
