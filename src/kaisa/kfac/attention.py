@@ -9,6 +9,8 @@ A packed weight (3E, E) is three layers, the queries', keys' and values' rows, w
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -42,26 +44,60 @@ def projections(name: str, module: nn.MultiheadAttention, options: LayerOptions)
 register(nn.MultiheadAttention, projections)
 
 
-def recorded_forward(
-    module: nn.MultiheadAttention, layers: list[Projection], record: Record
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Returns a forward that computes what the module computes and records every projection."""
+@dataclass(frozen=True)
+class Recorder:
+    """Who wants to see the projections of one attention module, and whether they do just now."""
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        linear = _RecordingLinear(module, layers, record)
+    layers: tuple[Projection, ...]
+    record: Record
+    is_active: Callable[[], bool]
+
+
+class RecordedForward:
+    """A module's ``forward``: its own, or the recording one while somebody wants to see.
+
+    It copies and pickles as the module's own: a copy of the model is not ours to watch.
+    """
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        self.module = module
+        self.recorders: list[Recorder] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        active = [recorder for recorder in self.recorders if recorder.is_active()]
+        if not active:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        linear = _RecordingLinear(self.module, active)
         attention = _rebound(
             F.multi_head_attention_forward,
             linear=linear,
             _in_projection=_rebound(vars(F)["_in_projection"], linear=linear),
             _in_projection_packed=_rebound(vars(F)["_in_projection_packed"], linear=linear),
         )
-        functional = _Functional(attention)
-        result: tuple[Tensor, Tensor | None] = _rebound(nn.MultiheadAttention.forward, F=functional)(
-            module, *args, **kwargs
-        )
-        return result
+        return _rebound(nn.MultiheadAttention.forward, F=_Functional(attention))(self.module, *args, **kwargs)
 
-    return forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy: nn.MultiheadAttention = memo[id(self.module)]
+        return partial(type(self.module).forward, copy)
+
+    def __reduce__(self) -> Any:
+        return partial, (type(self.module).forward, self.module)
+
+
+def attach(module: nn.MultiheadAttention, recorder: Recorder) -> Callable[[], None]:
+    """Shows a recorder every call of a module from now on, and returns what takes it off again."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, RecordedForward):
+        forward = RecordedForward(module)
+        module.forward = forward  # type: ignore[method-assign]
+    forward.recorders.append(recorder)
+
+    def remove() -> None:
+        forward.recorders.remove(recorder)
+        if not forward.recorders and module.__dict__.get("forward") is forward:
+            del module.forward
+
+    return remove
 
 
 def _rebound(function: Any, **names: Any) -> Any:
@@ -82,10 +118,9 @@ class _Functional:
 
 
 class _RecordingLinear:
-    def __init__(self, module: nn.MultiheadAttention, layers: list[Projection], record: Record) -> None:
+    def __init__(self, module: nn.MultiheadAttention, recorders: list[Recorder]) -> None:
         self.module = module
-        self.layers = layers
-        self.record = record
+        self.recorders = recorders
         self.batch_size = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -96,10 +131,11 @@ class _RecordingLinear:
         else:  # the output projection sees (positions · batch, in)
             output = output.unflatten(0, (-1, self.batch_size))
             by_batch, output_by_batch = x.unflatten(0, (-1, self.batch_size)), output
-        for layer in self.layers:
-            columns = _columns(layer, weight)
-            if columns is not None:
-                self.record(layer, self.module, by_batch, output_by_batch, columns)
+        for recorder in self.recorders:
+            for layer in recorder.layers:
+                columns = _columns(layer, weight)
+                if columns is not None:
+                    recorder.record(layer, self.module, by_batch, output_by_batch, columns)
         return output if x.ndim == 3 else output.flatten(0, 1)
 
 

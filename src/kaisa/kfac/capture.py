@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kaisa.kfac.attention import recorded_forward
+from kaisa.kfac.attention import Recorder, attach
 from kaisa.kfac.clock import Clock
 from kaisa.kfac.factors import Statistics
 from kaisa.kfac.layers import Layer, Projection
@@ -84,9 +84,11 @@ class Capture:
         return module.register_forward_hook(_Hook(partial(self._forward, layers)), with_kwargs=True).remove
 
     def _attach_attention(self, module: nn.MultiheadAttention, layers: list[Layer]) -> Callable[[], None]:
-        own = [layer for layer in layers if isinstance(layer, Projection)]
-        module.forward = _Forward(module, self, recorded_forward(module, own, self._record_projection))  # type: ignore[method-assign]
-        return partial(delattr, module, "forward")
+        own = tuple(layer for layer in layers if isinstance(layer, Projection))
+        return attach(module, Recorder(own, self._record_projection, self._is_wanted))
+
+    def _is_wanted(self) -> bool:
+        return self.active and torch.is_grad_enabled()
 
     def close(self) -> None:
         """Takes every hook off the model."""
@@ -123,7 +125,7 @@ class Capture:
     def _forward(
         self, layers: list[Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self.active and torch.is_grad_enabled():
+        if self._is_wanted():
             x = args[0] if args else next(iter(kwargs.values()))
             for layer in layers:
                 self._record(layer, module, x, output)
@@ -146,7 +148,7 @@ class Capture:
     ) -> None:
         if not output.requires_grad:
             return
-        saved = _Saved.apply(x.detach(), self._anchor(output.device))
+        saved = _Saved.apply(x.detach(), self._anchor(output.device))  # type: ignore[no-untyped-call]
         batch_size = self.batch_size
 
         def hook(gradient: Tensor) -> None:
@@ -275,24 +277,3 @@ class _Hook:
 
 def _nothing(*args: Any) -> None:
     return None
-
-
-class _Forward:
-    """Attention's forward: the module's own, or the recording one while statistics are wanted."""
-
-    def __init__(self, module: nn.MultiheadAttention, capture: Capture, recorded: Callable[..., Any]) -> None:
-        self.module = module
-        self.capture = capture
-        self.recorded = recorded
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.capture.active and torch.is_grad_enabled():
-            return self.recorded(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return partial, (type(self.module).forward, self.module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy: nn.MultiheadAttention = memo[id(self.module)]
-        return partial(type(self.module).forward, copy)

@@ -411,16 +411,18 @@ class Norm(Layer):
         self._channels_last = isinstance(module, nn.LayerNorm | nn.RMSNorm)
 
     def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:
-        normalized, deltas = self._positions(self._normalized(module, x)), self._positions(delta)
-        if self.sharing == REDUCE:
-            scale = torch.einsum("npc,npc->nc", normalized, deltas)
-            gradients = torch.stack((scale, deltas.sum(1)), -1)
-        else:
-            gradients = torch.stack((normalized * deltas, deltas), -1).flatten(0, 1)
-        if self.bias is None:
-            gradients = gradients[..., :1]
-        blocks = torch.einsum("nci,ncj->cij", gradients, gradients)
-        return Statistics(blocks, blocks.new_ones(blocks.shape[0], 1, 1), positions=1.0)
+        normalized = self._normalized(module, x)
+        if self._channels_last:
+            normalized, delta = (part.reshape(x.shape[0], -1, self.weight.numel()) for part in (normalized, delta))
+        channel = 2 if self._channels_last else 1
+        gradients = [normalized * delta, delta] if self.bias is not None else [normalized * delta]
+        if self.sharing == REDUCE and delta.ndim > 2:
+            positions = [dim for dim in range(1, delta.ndim) if dim != channel]
+            gradients, channel = [part.sum(positions) for part in gradients], 1
+        others = [dim for dim in range(gradients[0].ndim) if dim != channel]
+        products = [(first * second).sum(others) for first in gradients for second in gradients]
+        blocks = torch.stack(products, -1).unflatten(-1, (len(gradients), -1))
+        return Statistics(blocks, blocks.new_ones(blocks.shape[0], 1, 1))
 
     def pair(self, statistics: Statistics) -> Pair:
         return Pair(statistics.a / statistics.examples, torch.ones_like(statistics.g))
@@ -432,11 +434,6 @@ class Norm(Layer):
     def write_(self, matrix: Tensor) -> None:
         for column, parameter in enumerate(self.parameters):
             _gradient_of(parameter).copy_(matrix[..., column].reshape(parameter.shape))
-
-    def _positions(self, x: Tensor) -> Tensor:
-        if self._channels_last:
-            return x.reshape(x.shape[0], -1, self.weight.numel())
-        return x.flatten(2).mT if x.ndim > 2 else x[:, None]
 
 
 def _batch_norm(module: nn.Module, x: Tensor) -> Tensor:
