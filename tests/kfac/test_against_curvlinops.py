@@ -27,9 +27,7 @@ from tests.support.settings import DAMPING, EVERY_STEP
 with warnings.catch_warnings():
     # One of its dependencies uses torch.jit.script at import.
     warnings.simplefilter("ignore", DeprecationWarning)
-    curvlinops = pytest.importorskip(
-        "curvlinops", reason="needs curvlinops-for-pytorch (requirements-oracles.txt)"
-    )
+    curvlinops = pytest.importorskip("curvlinops", reason="needs curvlinops-for-pytorch (requirements-oracles.txt)")
 
 BATCH, CLASSES = 6, 3
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
@@ -169,9 +167,7 @@ def test_factors_and_preconditioned_gradients_are_those_of_curvlinops(
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_cholesky_with_the_split_damping_is_the_heuristic_damping_of_curvlinops(
-    sharing: str, reduction: str
-) -> None:
+def test_cholesky_with_the_split_damping_is_the_heuristic_damping_of_curvlinops(sharing: str, reduction: str) -> None:
     model = convolutional().double()
     x = torch.randn(BATCH, 2, 6, 6, dtype=torch.float64)
     y, loss = PROBLEMS[0].targets(), nn.CrossEntropyLoss(reduction=reduction)
@@ -187,9 +183,7 @@ def test_cholesky_with_the_split_damping_is_the_heuristic_damping_of_curvlinops(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["empirical", "type-2"])
-def test_a_loss_for_each_token_counts_as_many_terms_as_there_are_tokens(
-    kind: str, reduction: str
-) -> None:
+def test_a_loss_for_each_token_counts_as_many_terms_as_there_are_tokens(kind: str, reduction: str) -> None:
     tokens = 5
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES), ClassesSecond())
     model = model.double()

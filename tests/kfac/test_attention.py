@@ -55,9 +55,7 @@ def attending(options: dict, **calls: bool) -> Attending:
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize(("options", "kind"), CASES)
-def test_outputs_and_gradients_are_the_same_with_kfac_attached(
-    options: dict, kind: str, need_weights: bool
-) -> None:
+def test_outputs_and_gradients_are_the_same_with_kfac_attached(options: dict, kind: str, need_weights: bool) -> None:
     model = attending(options, need_weights=need_weights)
     inputs = attention_inputs(model.attention, kind, BATCH)
     expected = model(*inputs)
@@ -75,9 +73,7 @@ def test_outputs_and_gradients_are_the_same_with_kfac_attached(
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize(("options", "kind"), CASES)
-def test_its_projections_are_preconditioned_as_four_linear_layers(
-    options: dict, kind: str, need_weights: bool
-) -> None:
+def test_its_projections_are_preconditioned_as_four_linear_layers(options: dict, kind: str, need_weights: bool) -> None:
     model = attending(options, need_weights=need_weights)
     inputs = attention_inputs(model.attention, kind, BATCH)
     unpacked = UnpackedAttention(model.attention)

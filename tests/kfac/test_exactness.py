@@ -77,9 +77,7 @@ def test_each_layer_of_a_deep_linear_model_has_its_own_gauss_newton_block() -> N
 
 
 def test_one_example_has_its_own_dense_fisher() -> None:
-    model = nn.Sequential(
-        nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)
-    ).double()
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
     x, y = torch.randn(1, 3, dtype=torch.float64), torch.tensor([1])
     weights = weights_of(model)
     dense = empirical_fisher(per_example_gradients(model, x, y, F.cross_entropy, weights))
@@ -106,9 +104,7 @@ class MeanPool(nn.Module):
 
 
 def test_reduce_is_exact_on_deep_linear_networks_with_a_mean_over_positions() -> None:
-    model = nn.Sequential(
-        nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False), MeanPool()
-    ).double()
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False), MeanPool()).double()
     x = torch.randn(6, 5, 3, dtype=torch.float64)
     weights = weights_of(model)
     dense = exact_fisher(model, x, weights, "gaussian")
@@ -119,9 +115,7 @@ def test_reduce_is_exact_on_deep_linear_networks_with_a_mean_over_positions() ->
 
 
 def test_reduce_is_exact_on_a_linear_convolution_with_mean_pooling() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    ).double()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
     dense = exact_fisher(model, x, weights_of(model), "gaussian")
     kfac = exact_factors(model, x, "gaussian", sharing="reduce")
@@ -147,9 +141,7 @@ def preconditioned(solver: str, model: nn.Module, x: Tensor, y: Tensor) -> kaisa
     return kfac
 
 
-@pytest.mark.parametrize(
-    ("solver", "dense"), [("eigen", tikhonov_solve), ("cholesky", split_solve)]
-)
+@pytest.mark.parametrize(("solver", "dense"), [("eigen", tikhonov_solve), ("cholesky", split_solve)])
 def test_the_solver_is_the_dense_solve_that_its_damping_rule_says(solver: str, dense) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
     x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(0, 3, (8,))
@@ -178,9 +170,7 @@ def test_damping_may_be_a_function_of_the_step() -> None:
         torch.testing.assert_close(model[0].weight.grad, expected)
 
 
-def test_the_first_average_is_the_factor_of_the_first_batch_and_the_second_a_weighted_mean() -> (
-    None
-):
+def test_the_first_average_is_the_factor_of_the_first_batch_and_the_second_a_weighted_mean() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
     decay = 0.9
     kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "factor_decay": decay})
@@ -230,9 +220,43 @@ def distances_from_fisher(model: nn.Module, x: Tensor, y: Tensor) -> list[tuple[
 @pytest.mark.parametrize("seed", range(5))
 def test_per_example_ekfac_is_never_farther_from_the_fisher_than_kfac(seed: int) -> None:
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)
-    ).double()
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
     x, y = torch.randn(40, 3, dtype=torch.float64), torch.randint(0, 3, (40,))
     for ekfac, kfac in distances_from_fisher(model, x, y):
         assert ekfac < kfac
+
+
+@pytest.mark.parametrize("kind", ["categorical", "gaussian", "bernoulli"])
+def test_labels_drawn_from_the_prediction_have_the_exact_fisher_as_their_mean(kind: str) -> None:
+    """The average over many draws is within five standard errors, element by element."""
+    draws = 400
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    x = torch.randn(20, 3, dtype=torch.float64)
+    with exact_factors(model, x, kind) as exact:
+        expected = {name: pair.g.clone() for name, pair in exact.factors.items()}
+    options = {**EVERY_STEP, "factor_decay": 0.0, "inv_update_steps": 10**9, "fisher": kind}
+    kfac = kaisa.KFACPreconditioner(model, **options)
+    drawn: dict[str, list[Tensor]] = {name: [] for name in expected}
+    for _ in range(draws):
+        outputs = model(x)
+        kfac.sample_fisher(outputs)
+        outputs.square().mean().backward()
+        kfac.step()
+        for name, pair in kfac.factors.items():
+            drawn[name].append(pair.g.clone())
+    for name, g in expected.items():
+        values = torch.stack(drawn[name])
+        error = (values.mean(dim=0) - g).abs()
+        assert (error <= 5 * values.std(dim=0) / draws**0.5).all(), name
+
+
+def test_sampling_leaves_the_gradients_of_the_loss_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(0, 3, (8,))
+    raw = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    kfac = kaisa.KFACPreconditioner(model, fisher="categorical", **EVERY_STEP)
+    outputs = model(x)
+    kfac.sample_fisher(outputs)
+    F.cross_entropy(outputs, y).backward()
+    for parameter, gradient in zip(model.parameters(), raw, strict=True):
+        assert torch.equal(parameter.grad, gradient)

@@ -44,9 +44,7 @@ def batch() -> tuple[Tensor, Tensor]:
 Result = tuple[dict[str, tuple[Tensor, Tensor]], list[Tensor]]
 
 
-def result_of(
-    model: nn.Module, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor] | None = None
-) -> Result:
+def result_of(model: nn.Module, x: Tensor, y: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Result:
     """Return factors and preconditioned gradients of one step, and leave the model as it was."""
     model.zero_grad()
     with kaisa.KFACPreconditioner(model, **EVERY_STEP) as kfac:
@@ -211,8 +209,7 @@ def test_a_forward_that_is_never_differentiated_does_not_count(batch) -> None:
 
 def hooks_of(model: nn.Module) -> dict[str, dict[str, int]]:
     return {
-        name: {table: len(getattr(module, table)) for table in HOOK_TABLES}
-        for name, module in model.named_modules()
+        name: {table: len(getattr(module, table)) for table in HOOK_TABLES} for name, module in model.named_modules()
     }
 
 
@@ -341,9 +338,7 @@ class NoHostSynchronisation(TorchDispatchMode):
 
 @pytest.mark.parametrize("kl_clip", [None, 0.001])
 @pytest.mark.parametrize("solver", ["eigen", "cholesky", "ekfac", "sqrt_ekfac"])
-def test_plain_and_factor_steps_never_ask_for_a_tensors_value(
-    mixed, solver: str, kl_clip: float | None
-) -> None:
+def test_plain_and_factor_steps_never_ask_for_a_tensors_value(mixed, solver: str, kl_clip: float | None) -> None:
     model, tokens = mixed
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     options = {**EVERY_STEP, "factor_update_steps": 2, "inv_update_steps": 1000}

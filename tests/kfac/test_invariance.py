@@ -43,9 +43,7 @@ def random_affine(size: int) -> Affine:
 
 
 def plain_network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(WIDTHS[0], WIDTHS[1]), nn.Tanh(), nn.Linear(WIDTHS[1], WIDTHS[2])
-    ).double()
+    return nn.Sequential(nn.Linear(WIDTHS[0], WIDTHS[1]), nn.Tanh(), nn.Linear(WIDTHS[1], WIDTHS[2])).double()
 
 
 def in_other_coordinates(plain: nn.Sequential) -> nn.Sequential:
@@ -71,9 +69,7 @@ def moved(module: nn.Linear, before: Affine, after: Affine) -> nn.Linear:
     return copy
 
 
-def outputs_after_a_step(
-    model: nn.Module, x: Tensor, y: Tensor, solver: str, steps: int = 1
-) -> Tensor:
+def outputs_after_a_step(model: nn.Module, x: Tensor, y: Tensor, solver: str, steps: int = 1) -> Tensor:
     with kaisa.KFACPreconditioner(model, solver=solver, **SETTINGS) as kfac:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(steps):
@@ -94,9 +90,7 @@ def test_the_step_leads_to_the_same_function_in_any_coordinates(solver: str) -> 
     expected = outputs_after_a_step(plain, x, y, solver)
     assert (expected - before).abs().max() > 0.01
     tolerance = {"eigen": 1e-6, "cholesky": 1e-4}[solver]  # the split damps by √λ
-    torch.testing.assert_close(
-        outputs_after_a_step(other, x, y, solver), expected, rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(outputs_after_a_step(other, x, y, solver), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_three_steps_stay_in_agreement() -> None:
@@ -104,9 +98,7 @@ def test_three_steps_stay_in_agreement() -> None:
     other = in_other_coordinates(plain)
     x, y = torch.randn(30, WIDTHS[0]).double(), torch.randn(30, WIDTHS[2]).double()
     expected = outputs_after_a_step(plain, x, y, "eigen", steps=3)
-    torch.testing.assert_close(
-        outputs_after_a_step(other, x, y, "eigen", steps=3), expected, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(outputs_after_a_step(other, x, y, "eigen", steps=3), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_descent_itself_does_depend_on_the_coordinates() -> None:
@@ -125,10 +117,7 @@ def test_gradient_descent_itself_does_depend_on_the_coordinates() -> None:
 def test_the_step_does_not_depend_on_the_basis_of_a_convolutions_channels() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     plain = plain.double()
-    change = (
-        torch.linalg.qr(torch.randn(3, 3))[0].double()
-        @ torch.diag(torch.tensor([1.0, 2, 0.5])).double()
-    )
+    change = torch.linalg.qr(torch.randn(3, 3))[0].double() @ torch.diag(torch.tensor([1.0, 2, 0.5])).double()
     other = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     other = other.double()
     with torch.no_grad():
@@ -138,6 +127,4 @@ def test_the_step_does_not_depend_on_the_basis_of_a_convolutions_channels() -> N
     changed = torch.einsum("dc,bcij->bdij", change, x)
     torch.testing.assert_close(other(changed), plain(x))
     expected = outputs_after_a_step(plain, x, y, "eigen")
-    torch.testing.assert_close(
-        outputs_after_a_step(other, changed, y, "eigen"), expected, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(outputs_after_a_step(other, changed, y, "eigen"), expected, rtol=1e-6, atol=1e-6)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import kaisa
-from kaisa.kfac import LayerOptions
+from kaisa.kfac import LayerOptions, MatrixLayer, register
 from tests.support.canonical import gradient_matrix
 from tests.support.kron import gradient_factor, input_factor, split_solve, tikhonov_solve
 from tests.support.recording import recording
@@ -166,9 +166,7 @@ def test_all_parameters_of_a_supported_layer_are_covered(case: tuple[nn.Module, 
     model, x = case
     kfac = stepped(model, x)
     assert kfac.coverage().share == 1.0
-    assert sum(row.parameters for row in kfac.coverage()) == sum(
-        p.numel() for p in model.parameters()
-    )
+    assert sum(row.parameters for row in kfac.coverage()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -177,9 +175,7 @@ def test_a_frozen_parameter_stays_without_gradient(build, frozen: str) -> None:
     layer = build()
     getattr(layer, frozen).requires_grad_(False)
     model = nn.Sequential(Flat(layer), nn.Linear(4, 2)).double()
-    x = torch.randn(
-        BATCH, 3, *([1, 1] if isinstance(layer, nn.Conv2d) else []), dtype=torch.float64
-    )
+    x = torch.randn(BATCH, 3, *([1, 1] if isinstance(layer, nn.Conv2d) else []), dtype=torch.float64)
     stepped(model, x)
     assert getattr(model[0].layer, frozen).grad is None
 
@@ -268,10 +264,7 @@ def test_a_tied_weights_factors_keep_the_trace_of_both_uses() -> None:
         kfac = stepped(model, tokens)
     trace = torch.zeros((), dtype=torch.float64)
     one_hot = F.one_hot(tokens, 7).double()
-    trace += (
-        input_factor(one_hot).trace()
-        * gradient_factor(records["embedding"].gradients[0], BATCH).trace()
-    )
+    trace += input_factor(one_hot).trace() * gradient_factor(records["embedding"].gradients[0], BATCH).trace()
     [(a, g)] = records["decoder"].pairs()
     trace += a.trace() * g.trace()
     [owner] = [name for name in kfac.factors if name in ("embedding", "decoder")]
@@ -298,10 +291,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def norm_gradients(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
     """Return (batch, positions, channels, 1 or 2): gradients of scale and shift by position."""
-    state = {
-        name: torch.full_like(parameter, float(name == "weight"))
-        for name, parameter in module.named_parameters()
-    }
+    state = {name: torch.full_like(parameter, float(name == "weight")) for name, parameter in module.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     normalized = functional_call(module, {**state, **buffers}, (x,)).detach()
     both = torch.stack([normalized * gradient, gradient], dim=-1)
@@ -503,3 +493,75 @@ def test_a_subclass_of_a_supported_module_that_may_compute_something_else_is_not
     kfac = stepped(model, x)
     assert list(kfac.factors) == ["0"]
     assert torch.equal(model[1].weight.grad, raw[2])
+
+
+class Rescaled(nn.Module):
+    """A user's own module: a linear map with the inputs divided by a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 2) @ self.kernel.t()
+
+
+class RescaledLayer(MatrixLayer):
+    """What a user writes so that `Rescaled` is preconditioned."""
+
+    def __init__(self, name: str, module: Rescaled, options: LayerOptions) -> None:
+        super().__init__(name, module, module.kernel, None, options)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, x.shape[-1]) / 2
+
+    def output_rows(self, delta: Tensor) -> Tensor:
+        return delta.reshape(delta.shape[0], -1, delta.shape[-1])
+
+
+def test_a_users_own_module_type_can_be_registered() -> None:
+    model = Flat(Rescaled()).double()
+    x = torch.randn(BATCH, 5, 3, dtype=torch.float64)
+    register(Rescaled, RescaledLayer)
+    with recording(model, ["layer"]) as records:
+        raw = raw_gradients(model, x)[0]
+    a, g = input_factor(x / 2), gradient_factor(records["layer"].gradients[0], BATCH)
+    kfac = stepped(model, x)
+    assert kfac.coverage().share == 1.0
+    torch.testing.assert_close(list(kfac.factors["layer"]), [a, g])
+    torch.testing.assert_close(model.layer.kernel.grad, tikhonov_solve(a, g, raw, DAMPING))
+
+
+def test_a_layer_without_a_batch_dimension_is_a_batch_of_one() -> None:
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    x = torch.randn(3, dtype=torch.float64)
+    kfac = kaisa.KFACPreconditioner(model, **EVERY_STEP)
+    model(x).square().sum().backward()
+    kfac.step()
+    row = torch.cat([x, torch.ones(1, dtype=torch.float64)])
+    torch.testing.assert_close(kfac.factors["0"].a, torch.outer(row, row))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_half_precision_have_factors_of_single_precision(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
+    kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "factor_dtype": None, "inv_dtype": torch.float32})
+    loss_of(model(torch.randn(BATCH, 3).to(dtype))).backward()
+    kfac.step()
+    for parameter in model.parameters():
+        assert parameter.grad.dtype == dtype
+        assert torch.isfinite(parameter.grad).all()
+    assert {factor.dtype for pair in kfac.factors.values() for factor in pair} == {torch.float32}
+
+
+def test_two_linear_modules_that_share_all_parameters_are_one_layer_with_two_uses() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight, second.bias = first.weight, first.bias
+    model = nn.Sequential(first, nn.Tanh(), second).double()
+    once = Twice().double()
+    once.layer.load_state_dict(first.state_dict())
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    kfac, other = stepped(model, x), stepped(once, x)
+    assert list(kfac.factors) == ["0"]
+    torch.testing.assert_close(list(kfac.factors["0"]), list(other.factors["layer"]))
+    torch.testing.assert_close(first.weight.grad, once.layer.weight.grad)

@@ -74,17 +74,12 @@ class Reference:
         for name, record in records.items():
             new = reference_pair(record)
             old = self.factors.get(name, tuple(torch.eye(len(f)).double() for f in new))
-            self.factors[name] = tuple(
-                DECAY * o + (1 - DECAY) * n for o, n in zip(old, new, strict=True)
-            )
+            self.factors[name] = tuple(DECAY * o + (1 - DECAY) * n for o, n in zip(old, new, strict=True))
 
     def precondition(self, raw: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if step % OPTIONS["inv_update_steps"] == 0:
             self.decomposed = dict(self.factors)
-        solved = {
-            name: tikhonov_solve(*self.decomposed[name], gradient, DAMPING)
-            for name, gradient in raw.items()
-        }
+        solved = {name: tikhonov_solve(*self.decomposed[name], gradient, DAMPING) for name, gradient in raw.items()}
         product = sum((LR**2 * solved[name] * raw[name]).sum() for name in raw)
         scale = min(1.0, (KL_CLIP / abs(product.item())) ** 0.5)
         return {name: scale * gradient for name, gradient in solved.items()}
@@ -92,9 +87,7 @@ class Reference:
 
 def test_factors_and_steps_are_those_of_the_published_formulas(model: nn.Module) -> None:
     reference = Reference()
-    kfac = kaisa.KFACPreconditioner(
-        model, factor_scaling="kaisa", inv_dtype=torch.float64, **OPTIONS
-    )
+    kfac = kaisa.KFACPreconditioner(model, factor_scaling="kaisa", inv_dtype=torch.float64, **OPTIONS)
     for step, (x, y) in enumerate(batches(4)):
         model.zero_grad()
         with recording(model, LAYERS) as records:
@@ -135,14 +128,10 @@ def test_the_reference_scale_is_wrong_by_the_positions_and_the_batch(model: nn.M
 def test_a_script_of_kfac_pytorch_gets_its_factors_and_steps(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peer = pytest.importorskip(
-            "kfac.preconditioner", reason="needs gpauloski/kfac-pytorch on the path"
-        )
+        peer = pytest.importorskip("kfac.preconditioner", reason="needs gpauloski/kfac-pytorch on the path")
         twin = copy.deepcopy(model)
         theirs = peer.KFACPreconditioner(twin, **OPTIONS)
-    ours = kaisa.KFACPreconditioner(
-        model, factor_scaling="kaisa", inv_dtype=torch.float64, **OPTIONS
-    )
+    ours = kaisa.KFACPreconditioner(model, factor_scaling="kaisa", inv_dtype=torch.float64, **OPTIONS)
     for x, y in batches(4):
         for network, preconditioner in ((model, ours), (twin, theirs)):
             network.zero_grad()

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradient of one loss as a vector, zero where the loss does not depend on it."""
-    gradients = torch.autograd.grad(
-        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
@@ -42,9 +40,7 @@ def empirical_fisher(gradients: Tensor) -> Tensor:
     return torch.stack([torch.outer(row, row) for row in gradients]).mean(0)
 
 
-def exact_fisher(
-    model: nn.Module, inputs: Tensor, parameters: Sequence[Tensor], kind: str
-) -> Tensor:
+def exact_fisher(model: nn.Module, inputs: Tensor, parameters: Sequence[Tensor], kind: str) -> Tensor:
     """Return the mean over examples of E[g gᵀ] over the model's predictive distribution.
 
     Args:

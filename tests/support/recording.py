@@ -20,9 +20,7 @@ class Recorded:
     inputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
 
-    def forward_hook(
-        self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor
-    ) -> None:
+    def forward_hook(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         call = len(self.inputs)
         self.inputs.append(arguments[0].detach().clone())
         self.gradients.append(None)
@@ -32,9 +30,7 @@ class Recorded:
     def _keep(self, call: int, gradient: Tensor) -> None:
         self.gradients[call] = gradient.detach().clone()
 
-    def pairs(
-        self, loss_terms: int | None = None, sharing: str = "expand"
-    ) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self, loss_terms: int | None = None, sharing: str = "expand") -> list[tuple[Tensor, Tensor]]:
         """Return (A, G) of each group of channels, from the first call alone."""
         rows = canonical_input(self.module, self.inputs[0])
         gradients = canonical_gradient(self.module, self.gradients[0])
@@ -52,9 +48,7 @@ class Recorded:
 def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Recorded]]:
     """Record the named modules of a model while the block runs."""
     records = {name: Recorded(model.get_submodule(name)) for name in names}
-    handles = [
-        record.module.register_forward_hook(record.forward_hook) for record in records.values()
-    ]
+    handles = [record.module.register_forward_hook(record.forward_hook) for record in records.values()]
     try:
         yield records
     finally:

@@ -64,9 +64,7 @@ def test_canonical_rows_and_gradients_make_the_weight_gradient(module: nn.Module
     record = records["0"]
     rows = canonical_input(module, record.inputs[0])
     gradients = canonical_gradient(module, record.gradients[0])
-    torch.testing.assert_close(
-        torch.einsum("bsgk,bsgo->gok", rows, gradients), gradient_matrix(module)
-    )
+    torch.testing.assert_close(torch.einsum("bsgk,bsgo->gok", rows, gradients), gradient_matrix(module))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=repr)
@@ -106,9 +104,7 @@ def test_scores_square_to_the_hessian_of_the_loss_at_the_output(kind: str) -> No
     losses = {
         "categorical": lambda f: F.cross_entropy(f[None], torch.tensor([1])),
         "gaussian": lambda f: 0.5 * (f - 1.0).square().sum(),
-        "bernoulli": lambda f: F.binary_cross_entropy_with_logits(
-            f, torch.ones_like(f), reduction="sum"
-        ),
+        "bernoulli": lambda f: F.binary_cross_entropy_with_logits(f, torch.ones_like(f), reduction="sum"),
     }
     hessian = torch.autograd.functional.hessian(losses[kind], output)
     rows = [torch.autograd.grad(score, output)[0] for score in predicted_scores(output[None], kind)]
