@@ -33,7 +33,7 @@ class Capture:
         model: the module whose calls tell the batch size.
         layers: what to watch.
         sums_to_mean: "mean" or "sum", how the loss is reduced over its terms.
-        terms: how many terms the loss has in one backward pass; None for the batch size.
+        terms: returns how many terms the loss has in one backward pass; None for the batch size.
         loss_scale: returns what the loss was multiplied by before the backward pass, beyond the mean.
         fraction: the share of examples that enter the statistics, unbiased.
         dtype: the least precision of the statistics; None for float32, or float64 for float64 layers.
@@ -48,7 +48,7 @@ class Capture:
         layers: Sequence[Layer],
         *,
         reduction: str,
-        terms: float | None,
+        terms: Callable[[], float | None],
         loss_scale: Callable[[torch.device], float | Tensor],
         fraction: float,
         dtype: torch.dtype | None,
@@ -174,7 +174,9 @@ class Capture:
         return self._anchors[device]
 
     def _accumulate(self, layer: Layer, module: nn.Module, x: Tensor, gradient: Tensor, batch_size: int | None) -> None:
-        terms = self.terms or batch_size or (x.shape[0] if x.ndim > 1 else 1)
+        if x.numel() == 0:
+            return
+        terms = self.terms() or batch_size or (x.shape[0] if x.ndim > 1 else 1)
         whole = x.shape[0]
         x, gradient, blocks = self._drawn(x, gradient)
         dtype = self._working_dtype(layer)

@@ -158,6 +158,8 @@ class _Survey:
         trained = [layer for layer in layers if layer.weight.requires_grad]
         if not trained:
             raise NotCovered("frozen weight")
+        if not all(isinstance(parameter, nn.Parameter) for layer in trained for parameter in layer.parameters):
+            raise NotCovered("its weight is computed from other parameters")
         if any(parameter.is_complex() for layer in trained for parameter in layer.parameters):
             raise NotCovered("complex parameters")
         return trained

@@ -190,7 +190,7 @@ class Decompositions:
                 if stack.moments is None
                 else {
                     "values": stack.moments.values.clone(),
-                    "weight": stack.moments.weight,
+                    "weight": stack.moments.weight.clone(),
                     "terms": stack.moments.terms,
                 },
             }
@@ -207,7 +207,7 @@ class Decompositions:
             moments = entry["moments"]
             if moments is not None:
                 values = moments["values"].detach().clone().to(device)
-                moments = Moments(values, moments["weight"], moments["terms"])
+                moments = Moments(values, moments["weight"].detach().clone().to(device), moments["terms"])
             self._add(Stack(list(entry["names"]), a, g, moments))
 
 

@@ -112,6 +112,10 @@ class Factors(Mapping[str, Pair]):
         for running, new in zip(average, batch, strict=True):
             running.lerp_(torch.where(finite, new, running), step.to(running.dtype))
 
+    def has_begun(self, name: str) -> bool:
+        """Says whether an update has reached the average of a layer; the host waits for the device to know."""
+        return name in self._weights and bool(self._weights[name] > 0)
+
     def _start(self, name: str, batch: Pair) -> None:
         # From the identity is how the reference starts, whose weight never needs correction.
         self._pairs[name] = batch.map(_identity_like if self.from_identity else torch.zeros_like)

@@ -29,7 +29,7 @@ from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
 from kaisa.kfac.solvers import EKFAC, Solver
 from kaisa.kfac.trust_region import KLClip, TrustRegion
-from kaisa.schedules import DECAY, POSITIVE, STEPS, Scalar, Schedule
+from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes of single examples' gradients that are formed at once
 
@@ -61,7 +61,7 @@ class KFACPreconditioner:
         factor_decay: decay of the running average of the factors, 0 to below 1.
         kl_clip: κ of the trust region, None for no trust region; see ``trust_region``.
         lr: learning rate for the trust region where no optimizer is given.
-        accumulation_steps: backward passes between two steps, by which the loss is divided.
+        accumulation_steps: backward passes between two steps; a mean loss is divided by it, a sum is not.
         grad_scaler: the ``GradScaler`` of mixed-precision training; unscale the gradients before ``step()``.
         factor_dtype: the type of the factors, None for float32 (float64 for float64 parameters).
         inv_dtype: the type of decompositions and of the products with them.
@@ -107,7 +107,7 @@ class KFACPreconditioner:
         factor_examples: float = 1.0,
         factor_scaling: str = "fisher",
         loss_reduction: str = "mean",
-        loss_terms: float | None = None,
+        loss_terms: Scalar | None = None,
         trust_region: TrustRegion | None = None,
         layer_options: LayerOptions | None = None,
         spread_inverses: bool = False,
@@ -121,8 +121,8 @@ class KFACPreconditioner:
         _at_least_one("patience", patience)
         if not 0 < factor_examples <= 1 or abs(1 / factor_examples - round(1 / factor_examples)) > 1e-6:
             raise ConfigurationError(f"factor_examples is {factor_examples}; give 1, 1/2, 1/3, 1/4, …")
-        if loss_terms is not None and not loss_terms > 0:
-            raise ConfigurationError(f"loss_terms is {loss_terms}; give the number of terms, above zero, or None")
+        _floating("inv_dtype", inv_dtype)
+        _floating("factor_dtype", factor_dtype or inv_dtype)
         if trust_region is None and kl_clip is not None:
             trust_region = KLClip(kl_clip)
             Schedule("kl_clip", kl_clip, POSITIVE)
@@ -132,7 +132,8 @@ class KFACPreconditioner:
         self._inverse_interval = Schedule("inv_update_steps", inv_update_steps, STEPS)
         self._damping = Schedule("damping", damping, POSITIVE)
         self._decay = Schedule("factor_decay", factor_decay, DECAY)
-        self._lr = None if lr is None else Schedule("lr", lr, POSITIVE)
+        self._lr = None if lr is None else Schedule("lr", lr, NON_NEGATIVE)
+        self._loss_terms = None if loss_terms is None else Schedule("loss_terms", loss_terms, POSITIVE)
         self._solver = solvers.named(solver)
         self._fisher = fishers.named(fisher)
         self._trust_region = trust_region
@@ -140,6 +141,7 @@ class KFACPreconditioner:
         self._patience = patience
         self._inverse_dtype = inv_dtype
         self._accumulation_steps = accumulation_steps
+        self._reduction = loss_reduction
         self._scaler = grad_scaler
         self._scaling = factor_scaling
         self._optimizer = optimizer
@@ -173,7 +175,7 @@ class KFACPreconditioner:
             plain,
             layers,
             reduction=loss_reduction,
-            terms=loss_terms,
+            terms=self._terms,
             loss_scale=self._undo_loss_scale,
             fraction=factor_examples,
             dtype=factor_dtype,
@@ -243,10 +245,12 @@ class KFACPreconditioner:
             self._queue = sorted(self.factors, key=self._cost, reverse=True)
             self._last_inverses = self._steps
         if self._queue:
-            new = [name for name in self._queue if name not in self._decompositions]
             waiting = [name for name in self._queue if name in self._decompositions]
             count = self._share_of(waiting) if self._spread else len(waiting)
-            self._queue = waiting[count:]
+            # A layer whose every gradient was infinite so far has no factor to decompose; it is asked again next time.
+            unseen = [name for name in self._queue if name not in self._decompositions]
+            new = [name for name in unseen if self.factors.has_begun(name)]
+            self._queue = [name for name in unseen if name not in new] + waiting[count:]
             with self._clock("inverses"):
                 pairs = {name: self.factors[name] for name in (*new, *waiting[:count])}
                 self._decompositions.refresh(pairs, self.damping)
@@ -397,14 +401,21 @@ class KFACPreconditioner:
 
     # ---------------------------------------------------------------------------------------------- what it is told
 
+    def _terms(self) -> float | None:
+        return None if self._loss_terms is None else self._loss_terms.resolve(self._steps)
+
     def _undo_loss_scale(self, device: torch.device) -> float | Tensor:
-        """Returns what gradients must be multiplied by to be those of the mean loss of one micro-batch."""
+        """Returns what gradients must be multiplied by to be those of the loss of one micro-batch.
+
+        A mean is divided by the number of micro-batches, so that they make one mean; sums add up as they are.
+        """
+        micro_batches = float(self._accumulation_steps) if self._reduction == "mean" else 1.0
         if self._scaler is None:
-            return float(self._accumulation_steps)
+            return micro_batches
         if device not in self._loss_scales:
             one = torch.ones((), device=device)
             scale = one * self._scaler() if callable(self._scaler) else self._scaler.scale(one)
-            self._loss_scales[device] = self._accumulation_steps / scale
+            self._loss_scales[device] = micro_batches / scale
         return self._loss_scales[device]
 
     def _check_unscaled(self) -> None:
@@ -601,6 +612,11 @@ def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigurationError(f"{name} is {value!r}; give {' or '.join(map(repr, allowed))}")
+
+
+def _floating(name: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ConfigurationError(f"{name} is {dtype}; give a floating-point type")
 
 
 def _at_least_one(name: str, value: int) -> None:

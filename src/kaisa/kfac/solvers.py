@@ -35,14 +35,15 @@ class Moments:
     """
 
     values: Tensor
-    weight: float
+    weight: Tensor
     terms: float = 1.0
 
     def take(self, squares: Tensor, decay: float) -> None:
         """Takes new squares into the average, unless they are not finite; the host does not look."""
-        self.weight = decay * self.weight + (1 - decay)
         finite = torch.isfinite(squares.sum())
-        self.values.lerp_(torch.where(finite, squares, self.values), (1 - decay) / self.weight)
+        self.weight = torch.where(finite, decay * self.weight + (1 - decay), self.weight)
+        share = (1 - decay) / self.weight.clamp(min=1 - decay)
+        self.values.lerp_(torch.where(finite, squares, self.values), share.to(self.values.dtype))
 
 
 class Solver(ABC):
@@ -154,9 +155,9 @@ class EKFAC(Eigen):
             raise ConfigurationError("the square-root form needs moments of the batch gradient; leave out per_example")
 
     def initial_moments(self, a: Decomposition, g: Decomposition) -> Moments | None:
-        if self.root:
-            return Moments(torch.zeros_like(outer_eigenvalues(a, g)), 0.0)
-        return Moments(outer_eigenvalues(a, g), 1.0)
+        prior = outer_eigenvalues(a, g)
+        weight = prior.new_ones((), dtype=torch.float64)
+        return Moments(torch.zeros_like(prior), 0 * weight) if self.root else Moments(prior, weight)
 
     def solve(
         self, a: Decomposition, g: Decomposition, gradient: Tensor, damping: float, moments: Moments | None
