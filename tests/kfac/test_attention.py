@@ -155,3 +155,19 @@ def test_with_a_frozen_packed_weight_the_output_projection_is_still_precondition
     kfac.step()
     assert list(kfac.factors) == ["attention.out_proj"]
     assert model.attention.in_proj_weight.grad is None
+
+
+def test_two_preconditioners_on_one_module_do_not_take_each_others_hooks() -> None:
+    model = attending({"batch_first": True})
+    inputs = attention_inputs(model.attention, "self", BATCH)
+    first = kaisa.KFACPreconditioner(model, **EVERY_STEP)
+    second = kaisa.KFACPreconditioner(model, **EVERY_STEP)
+    loss_of(model(*inputs)).backward()
+    first.step()
+    second.step()
+    for name, pair in first.factors.items():
+        torch.testing.assert_close(list(second.factors[name]), list(pair))
+    assert len(first.factors) == len(second.factors) == 4
+    first.close()
+    second.close()
+    assert "forward" not in vars(model.attention)

@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_leaves_the_factors_as_they_were(
     assert not torch.equal(all_factors(kfac)[0], before[0])
 
 
-@pytest.mark.parametrize("solver", ["eigen", "cholesky"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("bad", BAD)
 def test_a_first_loss_that_is_not_finite_is_as_if_it_had_never_been(
     model: nn.Sequential, solver: str, bad: float
@@ -80,6 +80,22 @@ def test_a_first_loss_that_is_not_finite_is_as_if_it_had_never_been(
         one_step(model, fresh)
         expected = all_factors(fresh) + gradients_of(model)
     torch.testing.assert_close(found, expected)
+
+
+def test_after_a_first_loss_that_is_not_finite_no_step_is_as_long_as_the_damping_allows(
+    model: nn.Sequential,
+) -> None:
+    """Factors that nothing has reached yet must not be inverted for a hundred steps."""
+    kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "inv_update_steps": 100})
+    one_step(model, kfac, factor=math.nan)
+    torch.manual_seed(5)
+    one_step(model, kfac)
+    found = gradients_of(model)
+    kfac.close()
+    with kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "inv_update_steps": 100}) as fresh:
+        torch.manual_seed(5)
+        one_step(model, fresh)
+    torch.testing.assert_close(found, gradients_of(model))
 
 
 def test_an_input_that_is_not_finite_leaves_the_factors_as_they_were(model: nn.Sequential) -> None:
@@ -319,6 +335,8 @@ REFUSED = [
     ({"loss_terms": 0}, "loss_terms"),
     ({"patience": 0}, "patience"),
     ({"skip_layers": ("(",)}, "skip_layers"),
+    ({"inv_dtype": torch.int64}, "inv_dtype"),
+    ({"factor_dtype": torch.int32}, "factor_dtype"),
 ]
 
 
@@ -342,6 +360,14 @@ def test_a_model_without_a_supported_layer_is_refused() -> None:
 def test_the_trust_region_without_a_learning_rate_is_refused(model: nn.Sequential) -> None:
     with pytest.raises(ConfigurationError, match=r"lr"):
         kaisa.KFACPreconditioner(model, kl_clip=0.001)
+
+
+def test_a_warm_up_may_begin_with_a_learning_rate_of_zero(model: nn.Sequential) -> None:
+    options = {**EVERY_STEP, "kl_clip": 0.001, "lr": lambda step: 0.1 * step}
+    kfac = kaisa.KFACPreconditioner(model, **options)
+    for _ in range(2):
+        one_step(model, kfac)
+        assert all_finite(gradients_of(model))
 
 
 def test_a_schedule_that_leaves_its_range_is_refused_when_it_does(model: nn.Sequential) -> None:
@@ -368,3 +394,15 @@ def test_a_sampled_fisher_that_was_never_sampled_is_said_so(model: nn.Sequential
     kfac = kaisa.KFACPreconditioner(model, fisher="categorical", **EVERY_STEP)
     with pytest.raises(ConfigurationError, match=r"sample_fisher"):
         one_step(model, kfac)
+
+
+def test_an_empty_batch_changes_no_factor(model: nn.Sequential) -> None:
+    kfac = kaisa.KFACPreconditioner(model, **EVERY_STEP)
+    one_step(model, kfac)
+    before = all_factors(kfac)
+    model.zero_grad()
+    model(torch.zeros(0, 3)).sum().backward()
+    kfac.step()
+    for found, expected in zip(all_factors(kfac), before, strict=True):
+        assert torch.equal(found, expected)
+    assert all_finite(gradients_of(model))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 import kaisa
 from kaisa.kfac import LayerOptions, MatrixLayer, register
@@ -565,3 +566,14 @@ def test_two_linear_modules_that_share_all_parameters_are_one_layer_with_two_use
     assert list(kfac.factors) == ["0"]
     torch.testing.assert_close(list(kfac.factors["0"]), list(other.factors["layer"]))
     torch.testing.assert_close(first.weight.grad, once.layer.weight.grad)
+
+
+def test_a_weight_computed_from_another_parameter_is_left_to_the_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    x = torch.randn(BATCH, 3, dtype=torch.float64)
+    raw = dict(zip(dict(model.named_parameters()), raw_gradients(model, x), strict=True))
+    kfac = stepped(model, x)
+    assert list(kfac.factors) == ["1"]
+    assert torch.equal(model[0].weight_orig.grad, raw["0.weight_orig"])
+    assert torch.equal(model[0].bias.grad, raw["0.bias"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_micro_batches_with_accumulation_make_the_factors_of_the_whole(model, ba
     assert_same(factors_after(kfac), expected)
     for parameter, gradient in zip(model.parameters(), whole, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_accumulation_of_a_sum_loss_makes_the_factors_of_the_whole(model, batch) -> None:
+    expected = plain_factors(model, *batch)
+    model.zero_grad()
+    options = {**EVERY_STEP, "accumulation_steps": 2, "loss_reduction": "sum"}
+    kfac = kaisa.KFACPreconditioner(model, **options)
+    for x, y in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+    assert_same(factors_after(kfac), expected)
 
 
 def test_accumulation_holds_over_several_steps(model, batch) -> None:
@@ -194,6 +205,21 @@ def test_a_language_models_factors_count_its_tokens_as_loss_terms() -> None:
     assert_same(as_sequences, as_rows)
 
 
+def test_loss_terms_may_be_a_function_of_the_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "factor_decay": 0.0, "loss_terms": lambda step: 10 + step})
+    x = torch.randn(4, 5, 4, dtype=torch.float64)
+    for step in range(2):
+        model.zero_grad()
+        with recording(model, ["0"]) as records:
+            output = model(x).flatten(0, 1)
+            output.square().sum(-1).mul(torch.arange(20) < 10 + step).sum().div(10 + step).backward()
+        kfac.step()
+        [(a, g)] = records["0"].pairs(loss_terms=10 + step)
+        torch.testing.assert_close(kfac.factors["0"].a, a)
+        torch.testing.assert_close(kfac.factors["0"].g, g)
+
+
 def test_a_quarter_of_the_examples_is_an_unbiased_sample(model, batch) -> None:
     """Averaged over many steps of one batch the sampled factors approach those of all examples."""
     expected = plain_factors(model, *batch)
@@ -213,6 +239,24 @@ def test_a_quarter_of_the_examples_is_an_unbiased_sample(model, batch) -> None:
             spread, error = values.std(dim=0), (values.mean(dim=0) - full).abs()
             assert (error <= 5 * spread / draws**0.5 + 1e-9 * full.abs().max()).all(), name
             assert spread.max() > 0, name
+
+
+SPLITS: list[Callable[[Tensor], list[Tensor]]] = [
+    lambda t: [t[:3], t[3:]],
+    lambda t: [t[:1], t[1:2], t[2:]],
+]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_micro_batches_of_unequal_size_make_the_factors_of_the_whole_sum_loss(model, batch, split) -> None:
+    expected = plain_factors(model, *batch)
+    model.zero_grad()
+    parts = list(zip(split(batch[0]), split(batch[1]), strict=True))
+    options = {**EVERY_STEP, "accumulation_steps": len(parts), "loss_reduction": "sum"}
+    kfac = kaisa.KFACPreconditioner(model, **options)
+    for x, y in parts:
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+    assert_same(factors_after(kfac), expected)
 
 
 @pytest.mark.parametrize("parts", [2])
