@@ -153,8 +153,7 @@ def _routes(request: pytest.FixtureRequest) -> Iterator[None]:
     """The second lets these small examples take the routes of large ones."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "cheapest route":
-            patch.setattr(convolution, "COPY_WORK", 1e6)
-            patch.setattr(convolution, "CALL_WORK", 0)
+            patch.setattr(convolution, "_unfolding_work", lambda *_: float("inf"))
         convolution._plan.cache_clear()
         yield
     convolution._plan.cache_clear()

@@ -51,10 +51,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-CHUNK_BYTES = 2**26
-"""The most memory that unfolded patches take at a time."""
+CHUNK_BYTES = 2**24
+"""The most memory that unfolded patches take at a time; more is slower, as it is not reused."""
 
-COPY_WORK = 16
+COPY_WORK = 40
 """How many multiplications take as long as to copy one number, on a CPU."""
 
 CALL_WORK = 4e6
@@ -408,8 +408,9 @@ def _plan(axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int) -> tuple[
     elif all(axis.stride == 1 or axis.dilation == 1 for axis in axes):
         coarse, cells = _coarse_axes(axes, sizes)
         phases = math.prod(axis.stride for axis in axes)
-        work = _plan(coarse, (batch, *cells, channels * phases), groups)[0]
-        routes.append((work, _phases_as_channels))
+        shape = (batch, *cells, channels * phases)
+        copying = math.prod(shape) * _patch_copy_work(channels // groups)
+        routes.append((copying + _plan(coarse, shape, groups)[0], _phases_as_channels))
     return min(routes, key=lambda route: route[0])
 
 
@@ -417,14 +418,22 @@ def _unfolding_work(axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int)
     batch, *sizes, channels = shape
     n = channels // groups * math.prod(axis.kernel for axis in axes)
     positions = math.prod(a.positions(size) for a, size in zip(axes, sizes, strict=True))
-    return CALL_WORK + batch * groups * positions * n * (n + COPY_WORK)
+    rows = batch * groups * positions * n * (n + _patch_copy_work(channels // groups))
+    return CALL_WORK + rows + groups * n**2 * 4 * COPY_WORK
+
+
+def _patch_copy_work(run: int) -> float:
+    """Return the work to copy a number in runs of so many neighbours: short runs are slow."""
+    return COPY_WORK * (1 + 5 / run)
 
 
 def _autocorrelation_work(axes: tuple[Axis, ...], shape: tuple[int, ...], groups: int) -> float:
     batch, *sizes, channels = shape
     width = channels // groups
     products = math.prod(_shifts(axes)) * max(width, 16)  # the kernel works on 16 channels at a time
-    work = 3 * CALL_WORK + batch * channels * math.prod(sizes) * (products + COPY_WORK)
+    n = width * math.prod(axis.kernel for axis in axes)
+    factor = groups * n**2 * 8 * COPY_WORK
+    work = 3 * CALL_WORK + batch * channels * math.prod(sizes) * (products + COPY_WORK) + factor
     for strips in _strips(axes, tuple(sizes)):
         count = len(strips.starts)
         thin = (*sizes[: strips.dim], strips.length, *sizes[strips.dim + 1 :])
@@ -447,12 +456,12 @@ def _unfolded(image: Tensor, axes: tuple[Axis, ...], groups: int) -> Tensor:
 def _autocorrelated(image: Tensor, axes: tuple[Axis, ...], groups: int) -> Tensor:
     """Return the blocks of stride-1 axes: the autocorrelation less the strips."""
     blocks = _spread(_autocorrelation(image, axes, groups), axes)
-    for strip in _strips(axes, tuple(image.shape[1:-1])):
-        dim, count = 1 + strip.dim, len(strip.starts)
+    for strips in _strips(axes, tuple(image.shape[1:-1])):
+        dim, count = 1 + strips.dim, len(strips.starts)
         # Strips of one form are one image, in which each is a group.
-        thin = [image.narrow(dim, start, strip.length) for start in strip.starts]
-        parts = _blocks(torch.cat(thin, -1), strip.axes, groups * count).chunk(count)
-        for taps, part in zip(strip.taps, parts, strict=True):
+        thin = [image.narrow(dim, start, strips.length) for start in strips.starts]
+        parts = _blocks(torch.cat(thin, -1), strips.axes, groups * count).chunk(count)
+        for taps, part in zip(strips.taps, parts, strict=True):
             region = [slice(None)] * blocks.dim()
             region[dim] = region[dim + 1 + len(axes)] = taps
             blocks[tuple(region)] -= part
