@@ -1,0 +1,51 @@
+"""Trust regions: the formula by hand, and that a small step passes untouched."""
+
+import pytest
+import torch
+
+from kaisa.errors import ConfigurationError
+from kaisa.kfac.trust_region import Graft, KLClip, NormConstraint
+
+RAW = [torch.tensor([[[1.0, 2.0]], [[0.0, -1.0]]]), torch.tensor([[[3.0]]])]
+SOLVED = [torch.tensor([[[2.0, 2.0]], [[1.0, -3.0]]]), torch.tensor([[[-1.0]]])]
+RATES = [torch.tensor([0.1, 0.2]), torch.tensor([0.5])]
+
+
+def test_the_kl_clip_scales_by_the_root_of_limit_over_divergence() -> None:
+    # Σ lr² ⟨p, g⟩ = 0.01 · 6 + 0.04 · 3 + 0.25 · (−3) = −0.57; its size counts
+    scales = KLClip(0.01).scales(RAW, SOLVED, RATES, 0)
+    for scale in scales:
+        torch.testing.assert_close(scale, torch.tensor((0.01 / 0.57) ** 0.5))
+
+
+@pytest.mark.parametrize("region", [KLClip(10.0), NormConstraint(10.0)])
+def test_a_step_inside_the_region_is_left_as_it_is(region: KLClip | NormConstraint) -> None:
+    assert all(float(scale) == 1.0 for scale in region.scales(RAW, SOLVED, RATES, 0))
+
+
+def test_the_norm_constraint_makes_the_step_as_long_as_its_limit() -> None:
+    scales = NormConstraint(0.3).scales(RAW, SOLVED, RATES, 0)
+    parts = [
+        (solved * scale * rate[:, None, None]).flatten()
+        for solved, scale, rate in zip(SOLVED, scales, RATES, strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(parts).norm(), torch.tensor(0.3))
+
+
+def test_a_grafted_layer_has_the_length_of_its_raw_gradient() -> None:
+    for raw, solved, scale in zip(RAW, SOLVED, Graft().scales(RAW, SOLVED, RATES, 0), strict=True):
+        torch.testing.assert_close((solved * scale).flatten(1).norm(dim=1), raw.flatten(1).norm(dim=1))
+
+
+def test_a_limit_that_is_a_function_is_asked_at_the_step_and_refused_when_it_is_not_positive() -> None:
+    region = KLClip(lambda step: 1.0 - step)
+    assert float(region.scales(RAW, SOLVED, RATES, 0)[0]) == 1.0
+    with pytest.raises(ConfigurationError, match="kl_clip is 0.0 at step 1"):
+        region.scales(RAW, SOLVED, RATES, 1)
+
+
+def test_gradients_of_zero_stay_zero() -> None:
+    zeros = [torch.zeros(2, 1, 2)]
+    for region in (KLClip(0.001), NormConstraint(0.1), Graft()):
+        scaled = zeros[0] * region.scales(zeros, zeros, [torch.ones(2)], 0)[0]
+        assert torch.equal(scaled, zeros[0])
