@@ -57,7 +57,7 @@ def test_the_ratio_is_the_actual_change_over_that_of_the_dense_quadratic_model()
             optimizer.step()
             before = {name: (values[name], gradients[name]) for name in values}
             expected = dense_change(kfac, before, model, damping)
-            actual = float(nn.functional.mse_loss(model(x), y)) - float(loss)
+            actual = float((nn.functional.mse_loss(model(x), y) - loss).detach())
             kfac.adapt_damping(loss.detach(), lambda: nn.functional.mse_loss(model(x), y))
             assert rule.ratio == pytest.approx(actual / expected, rel=1e-9)
 

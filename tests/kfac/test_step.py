@@ -1,5 +1,7 @@
 """The phases of a step: what runs when, how decompositions are spread, and what is said about memory and time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from kaisa.kfac import EKFAC, Eigen, WarmStart, linalg
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     sizes = (5, 7, 6, 4, 3)
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
     return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))).double()
 
 

@@ -40,7 +40,7 @@ def test_a_grafted_layer_has_the_length_of_its_raw_gradient() -> None:
 def test_a_limit_that_is_a_function_is_asked_at_the_step_and_refused_when_it_is_not_positive() -> None:
     region = KLClip(lambda step: 1.0 - step)
     assert float(region.scales(RAW, SOLVED, RATES, 0)[0]) == 1.0
-    with pytest.raises(ConfigurationError, match="kl_clip is 0.0 at step 1"):
+    with pytest.raises(ConfigurationError, match=r"kl_clip is 0\.0 at step 1"):
         region.scales(RAW, SOLVED, RATES, 1)
 
 

@@ -361,7 +361,7 @@ class KFACPreconditioner:
         active, self._capture.active = self._capture.active, False
         try:
             with torch.no_grad():
-                actual = float(closure()) - float(loss)
+                actual = _number(closure()) - _number(loss)
                 rule.observe(actual, float(self._predicted_change(start)))
         finally:
             self._capture.active = active
@@ -578,6 +578,10 @@ class _Start:
     values: dict[str, Tensor]
     others: list[tuple[nn.Parameter, Tensor, Tensor]]
     damping: float
+
+
+def _number(loss: Tensor | float) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else loss
 
 
 def _applied(pair: Pair, matrix: Tensor) -> Tensor:
