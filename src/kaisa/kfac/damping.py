@@ -9,9 +9,15 @@ M(Δ): a ratio above ¾ says that the model may be trusted further, λ ← ωλ;
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor, nn
+
 from kaisa.errors import ConfigurationError
+from kaisa.kfac.factors import Pair
+from kaisa.kfac.layers import Layer
 
 
 @dataclass
@@ -59,3 +65,47 @@ class LevenbergMarquardt:
             self.value = max(self.lowest, self.value * factor)
         elif self.ratio < 0.25:
             self.value = min(self.highest, self.value / factor)
+
+
+class QuadraticModel:
+    """The loss around the parameters that a step starts from; M(Δ) once the optimizer has made the step Δ.
+
+    Args:
+        layers: the covered layers that the step changes.
+        gradients: their raw gradients, by name.
+        parameters: all parameters of the model; those that are not covered enter with their slope alone.
+        damping: λ of the step.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        gradients: Mapping[str, Tensor],
+        parameters: Iterable[nn.Parameter],
+        damping: float,
+    ) -> None:
+        self._layers = list(layers)
+        self._gradients = gradients
+        self._values = {layer.name: layer.values().clone() for layer in self._layers}
+        covered = {parameter for layer in self._layers for parameter in layer.parameters}
+        self._others = [
+            (parameter, parameter.detach().clone(), parameter.grad.clone())
+            for parameter in parameters
+            if parameter.grad is not None and parameter not in covered
+        ]
+        self._damping = damping
+
+    def change(self, factors: Mapping[str, Pair]) -> Tensor:
+        """Returns M(Δ) for the parameters as they are now."""
+        parts = [((now.detach() - old) * slope).sum().double() for now, old, slope in self._others]
+        for layer in self._layers:
+            delta = layer.values() - self._values[layer.name]
+            curved = _applied(factors[layer.name], delta) + self._damping * delta
+            parts.append((delta * (self._gradients[layer.name] + curved / 2)).sum().double())
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def _applied(pair: Pair, matrix: Tensor) -> Tensor:
+    """Returns G Δ A."""
+    left = pair.g @ matrix if pair.g.ndim == matrix.ndim else pair.g.unsqueeze(-1) * matrix
+    return left @ pair.a if pair.a.ndim == matrix.ndim else left * pair.a

@@ -9,7 +9,6 @@ Layers whose factors have equal shapes are one stack: decomposed, rotated and sc
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -22,7 +21,7 @@ from kaisa.kfac import solvers
 from kaisa.kfac.capture import Capture
 from kaisa.kfac.clock import Clock
 from kaisa.kfac.coverage import Coverage, discover, unwrapped
-from kaisa.kfac.damping import LevenbergMarquardt
+from kaisa.kfac.damping import LevenbergMarquardt, QuadraticModel
 from kaisa.kfac.decompositions import Decompositions, Stack
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
@@ -163,7 +162,7 @@ class KFACPreconditioner:
         self._last_inverses: int | None = None
         self._queue: list[str] = []
         self._groups: dict[Any, dict[str, Any]] = {}
-        self._start: _Start | None = None
+        self._start: QuadraticModel | None = None
         self._clock = Clock()
         self._loss_scales: dict[torch.device, Tensor] = {}
         self._example_moments: dict[str, Tensor] = {}
@@ -362,7 +361,7 @@ class KFACPreconditioner:
         try:
             with torch.no_grad():
                 actual = _number(closure()) - _number(loss)
-                rule.observe(actual, float(self._predicted_change(start)))
+                rule.observe(actual, float(start.change(self.factors)))
         finally:
             self._capture.active = active
 
@@ -373,31 +372,12 @@ class KFACPreconditioner:
     def _remember(self, stacks: list[Stack], raw: list[Tensor]) -> None:
         """Keeps what ``adapt_damping`` needs: where the step starts from and the raw gradients."""
         self._start = None
-        if not self._damping_is_due():
-            return
-        gradients = {
-            name: matrix
-            for stack, gradient in zip(stacks, raw, strict=True)
-            for name, matrix in zip(stack.names, gradient.unbind(), strict=True)
-        }
-        covered = {parameter for name in gradients for parameter in self._layers[name].parameters}
-        others = [
-            (parameter, parameter.detach().clone(), parameter.grad.clone())
-            for parameter in self._model.parameters()
-            if parameter.grad is not None and parameter not in covered
-        ]
-        values = {name: self._layers[name].values().clone() for name in gradients}
-        self._start = _Start(gradients, values, others, self.damping)
-
-    def _predicted_change(self, start: "_Start") -> Tensor:
-        change = torch.zeros((), dtype=torch.float64)
-        for parameter, old, gradient in start.others:
-            change = change + ((parameter - old) * gradient).sum().double().to(change.device)
-        for name, gradient in start.gradients.items():
-            delta = self._layers[name].values() - start.values[name]
-            curved = _applied(self.factors[name], delta) + start.damping * delta
-            change = change + (delta * (gradient + curved / 2)).sum().double().to(change.device)
-        return change
+        if self._damping_is_due():
+            matrices = [
+                pair for stack, part in zip(stacks, raw, strict=True) for pair in zip(stack.names, part, strict=True)
+            ]
+            layers = [self._layers[name] for name, _ in matrices]
+            self._start = QuadraticModel(layers, dict(matrices), self._model.parameters(), self.damping)
 
     # ---------------------------------------------------------------------------------------------- what it is told
 
@@ -570,24 +550,8 @@ class KFACPreconditioner:
         self.close()
 
 
-@dataclass
-class _Start:
-    """Where a step started from: raw gradients and values as matrices, the same for parameters that are not covered."""
-
-    gradients: dict[str, Tensor]
-    values: dict[str, Tensor]
-    others: list[tuple[nn.Parameter, Tensor, Tensor]]
-    damping: float
-
-
 def _number(loss: Tensor | float) -> float:
     return float(loss.detach()) if isinstance(loss, Tensor) else loss
-
-
-def _applied(pair: Pair, matrix: Tensor) -> Tensor:
-    """Returns G Δ A."""
-    left = pair.g @ matrix if pair.g.ndim == matrix.ndim else pair.g.unsqueeze(-1) * matrix
-    return left @ pair.a if pair.a.ndim == matrix.ndim else left * pair.a
 
 
 def _reference_pair(layer: Layer, sums: Statistics) -> Pair:
