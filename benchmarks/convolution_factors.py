@@ -83,9 +83,7 @@ def measure(layer: Layer, memory: str, batch: int, repeats: int) -> dict[str, ob
         **layer._asdict(),
         "memory": memory,
         "unfold_ms": milliseconds(lambda: unfolded(x, layer.stride), min(repeats, 3)),
-        "autocorrelation_ms": (
-            milliseconds(lambda: autocorrelation(x), repeats) if layer.stride == 1 else None
-        ),
+        "autocorrelation_ms": (milliseconds(lambda: autocorrelation(x), repeats) if layer.stride == 1 else None),
         "factor_ms": milliseconds(lambda: input_factor(x, geometry, bias=False), repeats),
         "output_ms": milliseconds(lambda: output_factor(grad), repeats),
         "unfold_error": error(unfolded(x, layer.stride)),
@@ -98,10 +96,7 @@ def totals(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
     """Return the milliseconds of all layers of the network, by memory format and way."""
     ways = ("unfold_ms", "factor_ms", "output_ms")
     return {
-        memory: {
-            way: sum(row["count"] * row[way] for row in rows if row["memory"] == memory)
-            for way in ways
-        }
+        memory: {way: sum(row["count"] * row[way] for row in rows if row["memory"] == memory) for way in ways}
         for memory in MEMORY
     }
 
@@ -129,11 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with torch.no_grad():
-        rows = [
-            measure(layer, memory, arguments.batch, arguments.repeats)
-            for layer in RESNET20
-            for memory in MEMORY
-        ]
+        rows = [measure(layer, memory, arguments.batch, arguments.repeats) for layer in RESNET20 for memory in MEMORY]
     show(rows)
     if arguments.output:
         setting = {
