@@ -236,3 +236,34 @@ def test_per_example_ekfac_is_the_ekfac_of_curvlinops(build) -> None:
 
     for gradient, expected in zip(gradients_of(model), solved, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_precision_of_two_over_the_outputs_makes_the_gaussian_that_of_torchs_mse_loss() -> None:
+    model = perceptron().double()
+    x = torch.randn(BATCH, 4, dtype=torch.float64)
+    y, loss = PROBLEMS[1].targets(), nn.MSELoss()
+    operator = theirs(model, x, y, loss, "type-2", "expand")
+    fisher = Fisher("gaussian", exact=True, precision=2 / CLASSES)
+    kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "fisher": fisher})
+    outputs = model(x)
+    kfac.sample_fisher(outputs)
+    loss(outputs, y).backward()
+    kfac.step()
+    for name, g in operator._gradient_covariances.items():
+        torch.testing.assert_close(kfac.factors[name].g, g, **TOLERANCE)
+
+
+def test_classes_may_lie_in_any_dimension_of_the_outputs() -> None:
+    tokens = 5
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES), ClassesSecond()).double()
+    x = torch.randn(BATCH, tokens, 4, dtype=torch.float64)
+    y, loss = torch.randint(0, CLASSES, (BATCH, tokens)), nn.CrossEntropyLoss()
+    operator = theirs(model, x, y, loss, "type-2", "expand")
+    fisher = Fisher("categorical", exact=True, class_dim=1)
+    kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "fisher": fisher, "loss_terms": BATCH * tokens})
+    outputs = model(x)
+    kfac.sample_fisher(outputs)
+    loss(outputs, y).backward()
+    kfac.step()
+    for name, g in operator._gradient_covariances.items():
+        torch.testing.assert_close(kfac.factors[name].g, g, **TOLERANCE)
