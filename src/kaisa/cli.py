@@ -75,9 +75,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def kaisa(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Train deep networks in less time with second-order information."""
 
@@ -103,33 +101,19 @@ def train(
         str | None,
         _option("Images to test on [NAME-test beside NAME-train, or a fifth]", panel=DATA),
     ] = None,
-    image_size: Annotated[
-        int | None, _option("Resize images to this width and height", panel=DATA)
-    ] = None,
-    output: Annotated[
-        Path | None, _option("Folder of the run [runs/TIME-DATA-MODEL]", panel=DATA)
-    ] = None,
-    resume: Annotated[
-        Path | None, _option("Go on with an interrupted run, with its own options", panel=DATA)
-    ] = None,
-    model: Annotated[
-        str | None, _option("mlp, cnn, resnet20 or resnet32 [mlp; images: resnet20]", panel=MODEL)
-    ] = None,
-    contestants: Annotated[
-        str | None, _option("both, first-order or kfac [both]", panel=MODEL)
-    ] = None,
+    image_size: Annotated[int | None, _option("Resize images to this width and height", panel=DATA)] = None,
+    output: Annotated[Path | None, _option("Folder of the run [runs/TIME-DATA-MODEL]", panel=DATA)] = None,
+    resume: Annotated[Path | None, _option("Go on with an interrupted run, with its own options", panel=DATA)] = None,
+    model: Annotated[str | None, _option("mlp, cnn, resnet20 or resnet32 [cnn; images: resnet20]", panel=MODEL)] = None,
+    contestants: Annotated[str | None, _option("both, first-order or kfac [both]", panel=MODEL)] = None,
     optimizer: Annotated[str | None, _option("sgd or adamw [sgd]", panel=MODEL)] = None,
-    lr: Annotated[
-        float | None, _option("Highest learning rate; of both, unless --kfac-lr", panel=MODEL)
-    ] = None,
+    lr: Annotated[float | None, _option("Highest learning rate, of both unless --kfac-lr [0.1]", panel=MODEL)] = None,
     kfac_lr: Annotated[
-        float | None, _option("Highest learning rate behind K-FAC", panel=MODEL)
+        float | None, _option("Highest learning rate behind K-FAC [0.03; images: as --lr]", panel=MODEL)
     ] = None,
     weight_decay: Annotated[float | None, _option("Of both [5e-4]", panel=MODEL)] = None,
     epochs: Annotated[int | None, _option("Of each run [20]", panel=MODEL)] = None,
-    batch_size: Annotated[
-        int | None, _option("Images in a batch [64; images: 128]", panel=MODEL)
-    ] = None,
+    batch_size: Annotated[int | None, _option("Images in a batch [128]", panel=MODEL)] = None,
     augment: Annotated[
         bool | None,
         typer.Option(
@@ -144,24 +128,20 @@ def train(
         _option("Test accuracy to race for [0.97; images: the best that all reach]", panel=MODEL),
     ] = None,
     seed: Annotated[int | None, _option("Of weights, batches and split [0]", panel=MODEL)] = None,
-    repeats: Annotated[
-        int | None, _option("Seeds to run each contestant with [3; images: 1]", panel=MODEL)
-    ] = None,
-    damping: Annotated[float | None, _option("Added to the curvature", panel=KFAC)] = None,
+    repeats: Annotated[int | None, _option("Seeds to run each contestant with [5; images: 1]", panel=MODEL)] = None,
+    damping: Annotated[float | None, _option("Added to the curvature [0.01; images: 0.003]", panel=KFAC)] = None,
     factor_update_steps: Annotated[
-        int | None, _option("Steps between two updates of the factors", panel=KFAC)
+        int | None, _option("Steps between two updates of the factors [5; images: 10]", panel=KFAC)
     ] = None,
     inv_update_steps: Annotated[
-        int | None, _option("Steps between two decompositions", panel=KFAC)
+        int | None, _option("Steps between two decompositions [10; images: 100]", panel=KFAC)
     ] = None,
-    factor_decay: Annotated[
-        float | None, _option("Weight of the past in the factors", panel=KFAC)
-    ] = None,
-    kl_clip: Annotated[float | None, _option("Size of the trust region; 0 for none", panel=KFAC)] = None,
+    factor_decay: Annotated[float | None, _option("Weight of the past in the factors [0.95]", panel=KFAC)] = None,
+    kl_clip: Annotated[float | None, _option("Size of the trust region; 0 for none [0.001]", panel=KFAC)] = None,
     solver: Annotated[
-        str | None, _option("eigen, cholesky, ekfac or sqrt_ekfac", panel=KFAC)
+        str | None, _option("eigen, cholesky, ekfac or sqrt_ekfac [cholesky; images: eigen]", panel=KFAC)
     ] = None,
-    threads: Annotated[int | None, _option("Processor threads", panel=MACHINE)] = None,
+    threads: Annotated[int | None, _option("Processor threads [1; images: PyTorch's choice]", panel=MACHINE)] = None,
     device: Annotated[str | None, _option("cpu or cuda [cpu]", panel=MACHINE)] = None,
 ) -> int:
     """Train with a first-order optimizer and with the same optimizer behind K-FAC.

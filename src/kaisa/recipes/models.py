@@ -22,12 +22,13 @@ def mlp(shape: Shape, classes: int) -> nn.Module:
 
 
 def cnn(shape: Shape, classes: int) -> nn.Module:
-    """Build four convolutions, two of stride 2, and a linear layer on the mean over positions."""
-    widths = [shape[0], 16, 32, 32, 64]
+    """Build four convolutions, one of stride 2, and a linear layer on the mean over positions."""
+    widths = [shape[0], 32, 32, 64, 64]
     layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(pairwise(widths)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=1 + index % 2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+    for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 1, 1), strict=True):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    return initialize_(nn.Sequential(*layers, *head))
 
 
 class ResidualBlock(nn.Module):
@@ -60,10 +61,16 @@ def resnet(shape: Shape, classes: int, blocks: int) -> nn.Module:
     ]
     stem = [nn.Conv2d(shape[0], 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
-    model = nn.Sequential(*stem, *body, *head)
+    return initialize_(nn.Sequential(*stem, *body, *head))
+
+
+def initialize_(model: nn.Module) -> nn.Module:
+    """Set the weights of convolutions that rectifiers follow (He et al. 2015), and no bias."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return model
 
 
