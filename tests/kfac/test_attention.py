@@ -171,3 +171,24 @@ def test_two_preconditioners_on_one_module_do_not_take_each_others_hooks() -> No
     first.close()
     second.close()
     assert "forward" not in vars(model.attention)
+
+
+def test_a_forward_that_the_user_has_put_in_place_stays_and_is_not_watched() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 1)}).double()
+    attention, calls = model["attention"], []
+    plain = attention.forward
+
+    def counted(*args: Tensor, **kwargs: object) -> object:
+        calls.append("forward")
+        return plain(*args, **kwargs)
+
+    attention.forward = counted
+    with kaisa.KFACPreconditioner(model, **EVERY_STEP) as kfac:
+        reasons = {row.name: row.treatment for row in kfac.coverage() if not row.covered}
+        x = torch.randn(3, 2, 4, dtype=torch.float64)
+        model["head"](attention(x, x, x)[0]).sum().backward()
+        kfac.step()
+        assert set(kfac.factors) == {"head"}
+    assert reasons["attention"] == "its forward is replaced by one of the user's"
+    assert calls == ["forward"]
+    assert attention.forward is counted

@@ -411,3 +411,13 @@ def test_keyword_inputs_are_seen_like_positional_ones() -> None:
         kfac.step()
         rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         torch.testing.assert_close(kfac.factors["layer"].a, rows.T @ rows / BATCH)
+
+
+def test_a_backward_pass_that_no_hook_saw_is_said_and_not_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    model(torch.randn(4, 3).double()).sum().backward()
+    with (
+        kaisa.KFACPreconditioner(model, kl_clip=None) as kfac,
+        pytest.raises(kaisa.ConfigurationError, match="1 layers have gradients, but their hooks saw no backward pass"),
+    ):
+        kfac.step()

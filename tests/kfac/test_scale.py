@@ -278,3 +278,34 @@ def test_the_exact_fisher_does_not_depend_on_accumulation_or_scale(model, batch,
         return factors_after(kfac)
 
     assert_same(factors(parts, 64.0), factors(1, 1.0))
+
+
+@pytest.mark.parametrize("solver", ["eigen", "cholesky"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_kept_in_half_precision_are_right_within_it(batch, dtype: torch.dtype, solver: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(75, 3))
+    x, y = batch[0].float(), batch[1]
+    options = {"inv_dtype": torch.float32, "solver": solver}
+    expected = plain_factors(model, x, y, factor_dtype=torch.float32, **options)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    found = plain_factors(model, x, y, factor_dtype=dtype, **options)
+    for name, pair in expected.items():
+        for ours, theirs in zip(found[name], pair, strict=True):
+            assert ours.dtype == dtype
+            assert torch.linalg.norm(ours.float() - theirs) < 0.01 * torch.linalg.norm(theirs)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.linalg.norm(parameter.grad - gradient) < 0.1 * torch.linalg.norm(gradient)
+
+
+def test_parts_called_one_by_one_do_not_take_an_earlier_forwards_batch_for_theirs(model, batch) -> None:
+    expected = plain_factors(model, *batch)
+    model.zero_grad()
+    kfac = kaisa.KFACPreconditioner(model, **{**EVERY_STEP, "factor_decay": 0.0})
+    F.cross_entropy(model(batch[0][:3]), batch[1][:3]).backward()
+    kfac.step()
+    model.zero_grad()
+    outputs = batch[0]
+    for module in model:
+        outputs = module(outputs)
+    F.cross_entropy(outputs, batch[1]).backward()
+    assert_same(factors_after(kfac), expected)

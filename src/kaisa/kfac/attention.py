@@ -26,6 +26,8 @@ def projections(name: str, module: nn.MultiheadAttention, options: LayerOptions)
     """Returns the projections of queries, keys, values and output as layers ``name.q_proj`` … ``name.out_proj``."""
     if module.bias_k is not None:
         raise NotCovered("add_bias_kv, whose parameters are no rows of a projection")
+    if "forward" in vars(module) and not isinstance(vars(module)["forward"], RecordedForward):
+        raise NotCovered("its forward is replaced by one of the user's")
     size, bias = module.embed_dim, module.in_proj_bias
     layers: list[Layer] = []
     packed: nn.Parameter | None = module._parameters["in_proj_weight"]

@@ -36,7 +36,7 @@ class Capture:
         terms: returns how many terms the loss has in one backward pass; None for the batch size.
         loss_scale: returns what the loss was multiplied by before the backward pass, beyond the mean.
         fraction: the share of examples that enter the statistics, unbiased.
-        dtype: the least precision of the statistics; None for float32, or float64 for float64 layers.
+        dtype: the precision of the statistics, at least float32; None for float32, or float64 for float64 layers.
         seed: decides which examples are drawn.
         clock: measures the phase "statistics".
         examples_observer: is shown every layer's inputs and output gradients.
@@ -154,7 +154,7 @@ class Capture:
         def hook(gradient: Tensor) -> None:
             if self._sampling == self._expects_sampled:
                 (inputs,) = saved.grad_fn.saved_tensors
-                with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False), self._timed():
+                with torch.no_grad(), _exactly(gradient.device), self._timed():
                     self._accumulate(
                         layer,
                         module,
@@ -211,7 +211,7 @@ class Capture:
 
     def _working_dtype(self, layer: Layer) -> torch.dtype:
         if self.dtype is not None:
-            return self.dtype
+            return torch.promote_types(self.dtype, torch.float32)
         return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
     def _drawn(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -246,6 +246,20 @@ def _batch_size(value: Any) -> int | None:
     if isinstance(value, list | tuple):
         return next((size for size in map(_batch_size, value) if size is not None), None)
     return None
+
+
+@contextmanager
+def _exactly(device: torch.device) -> Iterator[None]:
+    """Turns off what trades precision for speed: border corrections subtract nearly equal numbers."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    with torch.autocast(device.type, enabled=False):
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.backends.cudnn.allow_tf32 = tf32
 
 
 class _Saved(torch.autograd.Function):

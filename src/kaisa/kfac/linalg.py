@@ -69,7 +69,7 @@ def _retry(matrix: Tensor, decompose: Callable[[Tensor], tuple[Tensor, ...]]) ->
 
 
 def _candidates(matrix: Tensor) -> Iterator[Tensor]:
-    for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
+    for dtype in dict.fromkeys((torch.promote_types(matrix.dtype, torch.float32), torch.float64)):
         exact = matrix.to(dtype)
         mean_eigenvalue = torch.diagonal(exact, dim1=-2, dim2=-1).abs().mean(-1)
         for jitter in _JITTERS:

@@ -99,7 +99,7 @@ class KFACPreconditioner:
         grad_scaler: LossScaler | None = None,
         factor_dtype: torch.dtype | None = None,
         inv_dtype: torch.dtype = torch.float32,
-        skip_layers: str | Sequence[str] = (),
+        skip_layers: str | Sequence[str] | None = (),
         solver: str | Solver = "eigen",
         sharing: str = EXPAND,
         fisher: str | Fisher = "empirical",
@@ -138,7 +138,7 @@ class KFACPreconditioner:
         self._trust_region = trust_region
         self._spread = spread_inverses
         self._patience = patience
-        self._inverse_dtype = inv_dtype
+        self._factor_dtype = factor_dtype
         self._accumulation_steps = accumulation_steps
         self._reduction = loss_reduction
         self._scaler = grad_scaler
@@ -207,6 +207,7 @@ class KFACPreconditioner:
             self._precondition()
         self._steps += 1
         self._loss_scales.clear()
+        self._capture.batch_size = None
         self._capture.active = self._factors_are_due()
 
     @property
@@ -225,19 +226,33 @@ class KFACPreconditioner:
     def _update_factors(self) -> None:
         statistics = self._capture.take()
         if not statistics:
-            if self._fisher.kind != "empirical" and self._last_factors is None:
-                raise ConfigurationError(
-                    f"fisher is {self._fisher.kind!r} but nothing was sampled; "
-                    "call kfac.sample_fisher(outputs) between the forward and the backward pass"
-                )
+            self._explain_silence()
             return
         decay = self._decay.resolve(self._steps)
         for name, sums in statistics.items():
             layer = self._layers[name]
             pair = layer.pair(sums) if self._scaling == "fisher" else _reference_pair(layer, sums)
-            self.factors.update(name, pair, decay)
+            self.factors.update(name, pair.map(self._as_factor), decay)
         self._take_example_moments(statistics)
         self._last_factors = self._steps
+
+    def _explain_silence(self) -> None:
+        """Raises when backward passes reach the layers but never the hooks; a batch without any is no fault."""
+        reached = sum(layer.has_gradient() for layer in self._layers.values())
+        if self.factors or not reached:
+            return
+        if self._fisher.kind != "empirical":
+            raise ConfigurationError(
+                f"fisher is {self._fisher.kind!r} but nothing was sampled; "
+                "call kfac.sample_fisher(outputs) between the forward and the backward pass"
+            )
+        raise ConfigurationError(
+            f"{reached} layers have gradients, but their hooks saw no backward pass: attach K-FAC before the forward "
+            "pass, and before a compiled model first runs (or call torch.compiler.reset() after attaching)"
+        )
+
+    def _as_factor(self, factor: Tensor) -> Tensor:
+        return factor if self._factor_dtype is None else factor.to(self._factor_dtype)
 
     def _update_inverses(self) -> None:
         if self.factors and _due(self._steps, self._last_inverses, self._inverse_interval):
@@ -570,9 +585,9 @@ def _due(step: int, last: int | None, interval: Schedule) -> bool:
     return last is None or step - last >= interval.resolve_steps(step)
 
 
-def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:
+def _patterns(skip: str | Sequence[str] | None) -> list[re.Pattern[str]]:
     try:
-        return [re.compile(pattern) for pattern in ([skip] if isinstance(skip, str) else skip)]
+        return [re.compile(pattern) for pattern in ([skip] if isinstance(skip, str) else skip or ())]
     except re.error as error:
         raise ConfigurationError(f"skip_layers holds no regular expression: {error}") from error
 
