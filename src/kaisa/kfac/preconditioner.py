@@ -61,7 +61,8 @@ class KFACPreconditioner:
         kl_clip: κ of the trust region, None for no trust region; see ``trust_region``.
         lr: learning rate for the trust region where no optimizer is given.
         accumulation_steps: backward passes between two steps; a mean loss is divided by it, a sum is not.
-        grad_scaler: the ``GradScaler`` of mixed-precision training; unscale the gradients before ``step()``.
+        grad_scaler: the ``GradScaler`` of mixed-precision training (unscale the gradients before ``step()``), or a
+            function that returns the loss scale.
         factor_dtype: the type of the factors, None for float32 (float64 for float64 parameters).
         inv_dtype: the type of decompositions and of the products with them.
         skip_layers: regular expressions of module names or type names that are left to the optimizer.
@@ -96,7 +97,7 @@ class KFACPreconditioner:
         kl_clip: Scalar | None = 0.001,
         lr: Scalar | None = None,
         accumulation_steps: int = 1,
-        grad_scaler: LossScaler | None = None,
+        grad_scaler: LossScaler | Callable[[], float] | None = None,
         factor_dtype: torch.dtype | None = None,
         inv_dtype: torch.dtype = torch.float32,
         skip_layers: str | Sequence[str] | None = (),

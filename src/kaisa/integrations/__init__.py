@@ -1,0 +1,1 @@
+"""Thin bridges to the libraries that people use beside this one."""
