@@ -112,7 +112,7 @@ def train(
         float | None, _option("Highest learning rate behind K-FAC [0.03; images: as --lr]", panel=MODEL)
     ] = None,
     weight_decay: Annotated[float | None, _option("Of both [5e-4]", panel=MODEL)] = None,
-    epochs: Annotated[int | None, _option("Of each run [20]", panel=MODEL)] = None,
+    epochs: Annotated[int | None, _option("Of each run [30; images: 20]", panel=MODEL)] = None,
     batch_size: Annotated[int | None, _option("Images in a batch [128]", panel=MODEL)] = None,
     augment: Annotated[
         bool | None,

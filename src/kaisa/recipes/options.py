@@ -20,7 +20,7 @@ SEED = Range("a whole number of at least 0 and below 1000000", 0, 1e6, False, Tr
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "cnn",
-        "epochs": 20,
+        "epochs": 30,
         "batch_size": 128,
         "lr": 0.1,
         "kfac_lr": 0.03,
