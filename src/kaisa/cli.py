@@ -131,10 +131,10 @@ def train(
     repeats: Annotated[int | None, _option("Seeds to run each contestant with [5; images: 1]", panel=MODEL)] = None,
     damping: Annotated[float | None, _option("Added to the curvature [0.01; images: 0.003]", panel=KFAC)] = None,
     factor_update_steps: Annotated[
-        int | None, _option("Steps between two updates of the factors [5; images: 10]", panel=KFAC)
+        int | None, _option("Steps between two updates of the factors [10]", panel=KFAC)
     ] = None,
     inv_update_steps: Annotated[
-        int | None, _option("Steps between two decompositions [10; images: 100]", panel=KFAC)
+        int | None, _option("Steps between two decompositions [20; images: 100]", panel=KFAC)
     ] = None,
     factor_decay: Annotated[float | None, _option("Weight of the past in the factors [0.95]", panel=KFAC)] = None,
     kl_clip: Annotated[float | None, _option("Size of the trust region; 0 for none [0.001]", panel=KFAC)] = None,
