@@ -24,3 +24,7 @@ class DecompositionError(KaisaError, RuntimeError):
 
 class StateError(KaisaError, ValueError):
     """A saved state does not belong to the object that should load it."""
+
+
+class CollectiveError(KaisaError, RuntimeError):
+    """Ranks could not exchange what they had to: one has failed, is late, or was built differently."""

@@ -22,7 +22,8 @@ def factor(n: int, generator: torch.Generator, leading: tuple[int, ...] = ()) ->
 
 
 def decomposed(solver: Solver, a: Tensor, g: Tensor, diagonal: tuple[bool, bool] = (False, False)) -> tuple:
-    shifts = solvers.shifts(a, g, diagonal, DAMPING)
+    means = [solvers.mean_eigenvalue(*side) for side in zip((a, g), diagonal, strict=True)]
+    shifts = solvers.shifts(*means, DAMPING)
     return tuple(
         solver.decompose(side, is_diagonal, shift, None)
         for side, is_diagonal, shift in zip((a, g), diagonal, shifts, strict=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kaisa.errors import DecompositionError
 from kaisa.kfac import solvers
-from kaisa.kfac.factors import Pair
 from kaisa.kfac.solvers import Decomposition, Moments, Solver
 
 _LARGEST_BATCH = 256 * 2**20  # bytes of factors that are decomposed at once
 
+Key = tuple[str, int]  # a layer and a side: 0 for A, 1 for G
 Sides = tuple[Decomposition, Decomposition]
 
 
@@ -81,71 +81,87 @@ class Decompositions:
         """Returns the stack of a layer and its place there."""
         return self._slots[name]
 
-    def refresh(self, pairs: Mapping[str, Pair], damping: float) -> None:
-        """Decomposes the factors of some layers.
+    def compute(
+        self, factors: Mapping[Key, Tensor], shifts: Mapping[Key, Tensor]
+    ) -> tuple[dict[Key, Decomposition], dict[str, DecompositionError]]:
+        """Decomposes some factors, equal shapes as one batch where that is faster.
 
-        Raises:
-            DecompositionError: a layer has failed as often in a row as patience allows.
+        Args:
+            factors: by layer and side.
+            shifts: the damping of each factor alone, for solvers that damp the factors one by one.
+
+        Returns:
+            What succeeded, and the errors by layer. A factor that failed keeps its last good decomposition, if it has
+            one; the failures of its layer in a row are counted.
         """
-        fresh: dict[str, Sides] = {}
-        for names in self._batches(pairs):
-            for name, sides in self._decompose_or_keep({name: pairs[name] for name in names}, damping).items():
-                if name in self._slots:
-                    self._replace(name, sides)
-                else:
-                    fresh[name] = sides
-        self._stack_up(fresh)
+        computed: dict[Key, Decomposition] = {}
+        errors: dict[str, DecompositionError] = {}
+        for keys in self._batches(factors):
+            computed.update(self._attempt(keys, factors, shifts, errors))
+        for name in dict.fromkeys(name for name, _ in factors):
+            if name in errors:
+                self.failures[name] = self.failures.get(name, 0) + 1
+            else:
+                self.failures.pop(name, None)
+        for name, side in factors:
+            if name in errors and name in self._slots:
+                stack, index = self._slots[name]
+                computed[name, side] = tuple(part.clone() for part in stack.sides(index)[side])
+        return computed, errors
 
-    def _batches(self, pairs: Mapping[str, Pair]) -> Iterator[list[str]]:
+    def exhausted(self, errors: Mapping[str, DecompositionError]) -> list[str]:
+        """Returns the layers whose failures in a row are more than patience bears."""
+        return [name for name in errors if self.failures[name] >= self._patience]
+
+    def _batches(self, factors: Mapping[Key, Tensor]) -> Iterator[list[Key]]:
         """Groups equal shapes: together on accelerators, one by one where LAPACK would loop over a batch anyway."""
-        groups: dict[object, list[str]] = defaultdict(list)
-        for name, pair in pairs.items():
-            alone = name if pair.a.device.type == "cpu" else None
-            stack = id(self._slots[name][0]) if name in self._slots else None
-            groups[(alone, pair.a.shape, pair.g.shape, pair.a.device, stack)].append(name)
+        groups: dict[object, list[Key]] = defaultdict(list)
+        for key, factor in factors.items():
+            alone = key if factor.device.type == "cpu" else None
+            known = key[0] in self._slots
+            groups[(alone, factor.shape, factor.device, known)].append(key)
         for group in groups.values():
-            size = pairs[group[0]].a.nbytes + pairs[group[0]].g.nbytes
-            most = max(1, _LARGEST_BATCH // size)
+            most = max(1, _LARGEST_BATCH // max(1, factors[group[0]].nbytes))
             for first in range(0, len(group), most):
                 yield group[first : first + most]
 
-    def _decompose_or_keep(self, pairs: Mapping[str, Pair], damping: float) -> dict[str, Sides]:
+    def _attempt(
+        self,
+        keys: list[Key],
+        factors: Mapping[Key, Tensor],
+        shifts: Mapping[Key, Tensor],
+        errors: dict[str, DecompositionError],
+    ) -> dict[Key, Decomposition]:
         try:
-            result = self._decompose(pairs, damping)
+            return self._decompose(keys, factors, shifts)
         except DecompositionError as error:
-            if len(pairs) > 1:
-                single = [self._decompose_or_keep({name: pair}, damping) for name, pair in pairs.items()]
-                return {name: sides for part in single for name, sides in part.items()}
-            self._count_failure(next(iter(pairs)), error)
-            return {}
-        for name in pairs:
-            self.failures.pop(name, None)
-        return result
+            if len(keys) == 1:
+                errors[keys[0][0]] = error
+                return {}
+            parts = [self._attempt([key], factors, shifts, errors) for key in keys]
+            return {key: value for part in parts for key, value in part.items()}
 
-    def _decompose(self, pairs: Mapping[str, Pair], damping: float) -> dict[str, Sides]:
-        names = list(pairs)
-        factors = [torch.stack([pair.a for pair in pairs.values()]), torch.stack([pair.g for pair in pairs.values()])]
-        diagonal = (factors[0].ndim == 2, factors[1].ndim == 2)
-        shifts = solvers.shifts(factors[0], factors[1], diagonal, damping)
-        decomposed = [
-            tuple(part.to(self._dtypes[names[0]]) for part in self.solver.decompose(factor, is_diagonal, shift, old))
-            for factor, is_diagonal, shift, old in zip(factors, diagonal, shifts, self._previous(names), strict=True)
-        ]
-        return {name: _at(decomposed[0], decomposed[1], index) for index, name in enumerate(names)}
+    def _decompose(
+        self, keys: list[Key], factors: Mapping[Key, Tensor], shifts: Mapping[Key, Tensor]
+    ) -> dict[Key, Decomposition]:
+        stack = torch.stack([factors[key] for key in keys])
+        shift = torch.stack([shifts[key] for key in keys])
+        decomposed = self.solver.decompose(stack, stack.ndim == 2, shift, self._previous(keys))
+        held = [part.to(self._dtypes[keys[0][0]]) for part in decomposed]
+        return {key: tuple(part[index] for part in held) for index, key in enumerate(keys)}
 
-    def _previous(self, names: list[str]) -> tuple[Decomposition | None, Decomposition | None]:
-        if names[0] not in self._slots:
-            return None, None
-        stack = self._slots[names[0]][0]
-        return stack.sides([self._slots[name][1] for name in names])
+    def _previous(self, keys: list[Key]) -> Decomposition | None:
+        if keys[0][0] not in self._slots:
+            return None
+        old = [self._slots[name][0].sides(self._slots[name][1])[side] for name, side in keys]
+        return tuple(torch.stack(parts) for parts in zip(*old, strict=True))
 
-    def _count_failure(self, name: str, error: DecompositionError) -> None:
-        self.failures[name] = self.failures.get(name, 0) + 1
-        if self.failures[name] >= self._patience:
-            raise DecompositionError(
-                f"layer {name!r}: {self.failures[name]} decompositions in a row failed ({error}); "
-                "raise the damping, or look at its factors in kfac.factors"
-            ) from error
+    def install(self, decompositions: Mapping[str, Sides]) -> None:
+        """Takes the decompositions of some layers into their places, or makes places for them."""
+        for name, sides in decompositions.items():
+            if name in self._slots:
+                self._replace(name, sides)
+        self._stack_up({name: sides for name, sides in decompositions.items() if name not in self._slots})
 
     def _replace(self, name: str, new: Sides) -> None:
         stack, index = self._slots[name]
@@ -209,7 +225,3 @@ class Decompositions:
                 values = moments["values"].detach().clone().to(device)
                 moments = Moments(values, moments["weight"].detach().clone().to(device), moments["terms"])
             self._add(Stack(list(entry["names"]), a, g, moments))
-
-
-def _at(a: Decomposition, g: Decomposition, index: int) -> Sides:
-    return tuple(part[index] for part in a), tuple(part[index] for part in g)

@@ -39,8 +39,8 @@ class Statistics:
 
     a: Tensor
     g: Tensor
-    positions: float = 0.0
-    examples: float = 0.0
+    positions: float | Tensor = 0.0
+    examples: float | Tensor = 0.0
     area: int = 1
     scale: float = 1.0
 
@@ -54,7 +54,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors (A, G) of one layer; a diagonal has 1 dimension, a matrix 2, one matrix a group 3."""
+    """The two factors (A, G) of one layer; a diagonal has 1 dimension, a matrix 2, one matrix a group 3.
+
+    A factor lives with its owner alone: on the other ranks an empty tensor stands in its place.
+    """
 
     a: Tensor
     g: Tensor
@@ -62,6 +65,10 @@ class Pair:
     def __iter__(self) -> Iterator[Tensor]:
         yield self.a
         yield self.g
+
+    def side(self, index: int) -> Tensor:
+        """Returns A for 0, G for 1."""
+        return self.g if index else self.a
 
     def map(self, function: Any) -> "Pair":
         """Returns the pair of ``function(a)`` and ``function(g)``."""
@@ -101,12 +108,19 @@ class Factors(Mapping[str, Pair]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def update(self, name: str, batch: Pair, decay: float) -> None:
-        """Takes the pair of one batch into the running average of a layer; a non-finite one changes nothing."""
+    def update(self, name: str, batch: Pair, decay: float, is_finite: Tensor | None = None) -> None:
+        """Takes the pair of one batch into the running average of a layer; a non-finite one changes nothing.
+
+        Args:
+            name: the layer.
+            batch: its pair; a side that another rank owns is an empty tensor.
+            decay: β.
+            is_finite: what all ranks have found together, as a tensor; None to look at this pair.
+        """
         if name not in self._pairs:
             self._start(name, batch)
         average, weight = self._pairs[name], self._weights[name]
-        finite = torch.isfinite(batch.a.sum() + batch.g.sum())
+        finite = torch.isfinite(batch.a.sum() + batch.g.sum()) if is_finite is None else is_finite
         weight.copy_(torch.where(finite, decay * weight + (1 - decay), weight))
         step = (1 - decay) / weight.clamp(min=1 - decay)
         for running, new in zip(average, batch, strict=True):
@@ -115,6 +129,10 @@ class Factors(Mapping[str, Pair]):
     def has_begun(self, name: str) -> bool:
         """Says whether an update has reached the average of a layer; the host waits for the device to know."""
         return name in self._weights and bool(self._weights[name] > 0)
+
+    def weight(self, name: str) -> Tensor:
+        """Returns the weight of all updates that an average has seen, 0 before the first."""
+        return self._weights[name]
 
     def _start(self, name: str, batch: Pair) -> None:
         # From the identity is how the reference starts, whose weight never needs correction.
@@ -167,6 +185,6 @@ class Factors(Mapping[str, Pair]):
 
 
 def _identity_like(factor: Tensor) -> Tensor:
-    if factor.ndim == 1:
+    if factor.ndim == 1:  # a diagonal, or the empty stand-in for a factor that lives elsewhere
         return torch.ones_like(factor)
     return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor).clone()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kaisa.kfac import convolution
 from kaisa.kfac.factors import Pair, Statistics
+from kaisa.kfac.placement import FactorShape, LayerShape
 
 EXPAND, REDUCE = "expand", "reduce"
 
@@ -92,6 +93,18 @@ class Layer(ABC):
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters whose gradients are preconditioned."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    uses = 1
+    """How many stacked sums the statistics of a side hold: one for each kind of use of a tied weight."""
+
+    is_diagonal = (False, False)
+    """Whether A and G are diagonals."""
+
+    def layer_shape(self) -> LayerShape:
+        """Returns the shapes of the factors, known before any statistics are: what is placed and planned."""
+        blocks, out, size = self.shape if len(self.shape) == 3 else (1, *self.shape)
+        sides = (FactorShape(size, blocks, self.is_diagonal[0]), FactorShape(out, blocks, self.is_diagonal[1]))
+        return LayerShape(self.name, *sides, (blocks, out, size), has_blocks=len(self.shape) == 3, uses=self.uses)
 
     @abstractmethod
     def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:
@@ -163,6 +176,7 @@ class MatrixLayer(Layer):
         out, size = self._matrix(weight).shape[-2:]
         self.diagonal_a = size > options.largest_dense
         self.diagonal_g = out > options.largest_dense
+        self.is_diagonal = (self.diagonal_a, self.diagonal_g)
         sides = [side for side, is_diagonal in (("A", self.diagonal_a), ("G", self.diagonal_g)) if is_diagonal]
         if sides:
             self.treatment = f"diagonal {' and '.join(sides)} (more than {options.largest_dense} wide)"
@@ -334,6 +348,7 @@ class Embedding(Layer):
             raise NotCovered("embeddings are switched off by LayerOptions")
         self.padding_idx = module.padding_idx
         self.diagonal_g = module.embedding_dim > options.largest_dense
+        self.is_diagonal = (True, self.diagonal_g)
         self.treatment = "diagonal A of token frequencies, dense G"
 
     def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:
@@ -367,6 +382,8 @@ class TiedEmbedding(Layer):
         super().__init__(embedding.name, embedding.modules[0], embedding.weight, None)
         self.modules = (*embedding.modules, prediction)
         self.treatment = "diagonal A of tokens, dense G, from both uses"
+        self.is_diagonal = (True, False)
+        self.uses = 2
         self._embedding = embedding
 
     def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:

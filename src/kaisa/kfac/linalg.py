@@ -5,6 +5,7 @@ decomposition is finite and ordered by ascending eigenvalue, and ``vectors @ dia
 within its precision. What LAPACK or cuSOLVER refuses is tried again with jitter on the diagonal, then in float64.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,6 +50,27 @@ def off_diagonal_ratio(matrix: Tensor) -> Tensor:
     total = matrix.square().sum((-2, -1))
     diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1).square().sum(-1)
     return ((total - diagonal).clamp(min=0) / total.clamp(min=torch.finfo(matrix.dtype).tiny)).sqrt()
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Returns the upper triangles of symmetric matrices (..., n, n) as (..., n (n + 1) / 2)."""
+    rows, columns = _triangle(matrix.shape[-1], matrix.device)
+    return matrix[..., rows, columns]
+
+
+def unpack(packed: Tensor, size: int) -> Tensor:
+    """Returns the symmetric matrices (..., n, n) whose upper triangles are given."""
+    rows, columns = _triangle(size, packed.device)
+    matrix = packed.new_empty(*packed.shape[:-1], size, size)
+    matrix[..., rows, columns] = packed
+    matrix[..., columns, rows] = packed
+    return matrix
+
+
+@functools.lru_cache(maxsize=256)
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(size, size, device=device)
+    return rows, columns
 
 
 def _retry(matrix: Tensor, decompose: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ Layers whose factors have equal shapes are one stack: decomposed, rotated and sc
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -20,13 +21,16 @@ from kaisa.kfac import fisher as fishers
 from kaisa.kfac import solvers
 from kaisa.kfac.capture import Capture
 from kaisa.kfac.clock import Clock
+from kaisa.kfac.collectives import Alone, Collectives, Processes, world
 from kaisa.kfac.coverage import Coverage, discover, unwrapped
 from kaisa.kfac.damping import LevenbergMarquardt, QuadraticModel
-from kaisa.kfac.decompositions import Decompositions, Stack
+from kaisa.kfac.decompositions import Decompositions
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
+from kaisa.kfac.placement import gradient_workers, place
 from kaisa.kfac.solvers import EKFAC, Solver
+from kaisa.kfac.transport import A, Counts, G, Payload, Transport, groups_of
 from kaisa.kfac.trust_region import KLClip, TrustRegion
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
 
@@ -80,6 +84,12 @@ class KFACPreconditioner:
         spread_inverses: spreads decompositions over the steps until the next, so that no step is long.
         patience: failed decompositions of a layer in a row that are borne before an error.
         seed: for everything random.
+        grad_worker_fraction: the share of ranks that hold a layer's decompositions: "comm" (all), "hybrid" (half),
+            "mem" (one), or a number.
+        colocate_factors: keeps A and G of a layer on one rank.
+        local_below: factors with a side below this are decomposed by every gradient worker instead of sent.
+        payload: the types in which numbers travel.
+        collectives: how to reach the other ranks; None for the running process group.
 
     Raises:
         ConfigurationError: an option has a value that cannot work, or no layer can be preconditioned.
@@ -113,7 +123,14 @@ class KFACPreconditioner:
         spread_inverses: bool = False,
         patience: int = 3,
         seed: int = 0,
+        grad_worker_fraction: str | float = "comm",
+        colocate_factors: bool = False,
+        local_below: int = 0,
+        payload: Payload | None = None,
+        collectives: Collectives | None = None,
     ) -> None:
+        if collectives is None:
+            collectives = Processes.of_world() if world()[1] > 1 else Alone()
         _one_of("sharing", sharing, (EXPAND, REDUCE))
         _one_of("factor_scaling", factor_scaling, ("fisher", "kaisa"))
         _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -157,6 +174,15 @@ class KFACPreconditioner:
         self._decompositions = Decompositions(
             self._solver, list(self._layers), {layer.name: _held_in(layer, inv_dtype) for layer in layers}, patience
         )
+        workers = gradient_workers(grad_worker_fraction, collectives.world_size)
+        shapes = [layer.layer_shape() for layer in layers]
+        self.placement = place(
+            shapes, collectives.world_size, workers, colocate=colocate_factors, local_below=local_below
+        )
+        collectives.prepare(groups_of(self.placement))
+        like = torch.empty(0, dtype=_held_in(layers[0], inv_dtype), device=layers[0].weight.device)
+        self._transport = Transport(collectives, self.placement, shapes, self._solver, payload or Payload(), like)
+        self._ready: set[str] = set()
         self._model = plain
         self._steps = 0
         self._last_factors: int | None = None
@@ -167,7 +193,7 @@ class KFACPreconditioner:
         self._clock = Clock()
         self._loss_scales: dict[torch.device, Tensor] = {}
         self._example_moments: dict[str, Tensor] = {}
-        self._label_generator = torch.Generator().manual_seed(seed)
+        self._label_generator = torch.Generator().manual_seed(seed + collectives.rank)
         per_example = isinstance(self._solver, EKFAC) and self._solver.per_example
         if per_example and factor_examples != 1:
             raise ConfigurationError("per-example EKFAC needs every example; leave factor_examples at 1")
@@ -179,7 +205,7 @@ class KFACPreconditioner:
             loss_scale=self._undo_loss_scale,
             fraction=factor_examples,
             dtype=factor_dtype,
-            seed=seed,
+            seed=seed + collectives.rank,
             clock=self._clock,
             examples_observer=self._observe_examples if per_example else None,
         )
@@ -225,22 +251,24 @@ class KFACPreconditioner:
         return _due(self._steps, self._last_factors, self._factor_interval)
 
     def _update_factors(self) -> None:
-        statistics = self._capture.take()
-        if not statistics:
+        local = self._capture.take()
+        if not local:
             self._explain_silence()
-            return
+            if self._transport.is_alone:
+                return
+        totals, counts = self._transport.reduce(local)
         decay = self._decay.resolve(self._steps)
-        for name, sums in statistics.items():
+        for name, sums in totals.items():
             layer = self._layers[name]
             pair = layer.pair(sums) if self._scaling == "fisher" else _reference_pair(layer, sums)
-            self.factors.update(name, pair.map(self._as_factor), decay)
-        self._take_example_moments(statistics)
+            self.factors.update(name, pair.map(self._as_factor), decay, counts[name].is_finite)
+        self._take_example_moments(counts)
         self._last_factors = self._steps
 
     def _explain_silence(self) -> None:
         """Raises when backward passes reach the layers but never the hooks; a batch without any is no fault."""
         reached = sum(layer.has_gradient() for layer in self._layers.values())
-        if self.factors or not reached:
+        if self._last_factors is not None or not reached:
             return
         if self._fisher.kind != "empirical":
             raise ConfigurationError(
@@ -256,22 +284,40 @@ class KFACPreconditioner:
         return factor if self._factor_dtype is None else factor.to(self._factor_dtype)
 
     def _update_inverses(self) -> None:
-        if self.factors and _due(self._steps, self._last_inverses, self._inverse_interval):
-            self._queue = sorted(self.factors, key=self._cost, reverse=True)
+        has_factors = self._last_factors is not None
+        if has_factors and _due(self._steps, self._last_inverses, self._inverse_interval):
+            self._queue = sorted(self._layers, key=self._cost, reverse=True)
             self._last_inverses = self._steps
         if self._queue:
-            waiting = [name for name in self._queue if name in self._decompositions]
+            waiting = [name for name in self._queue if name in self._ready]
             count = self._share_of(waiting) if self._spread else len(waiting)
-            # A layer whose every gradient was infinite so far has no factor to decompose; it is asked again next time.
-            unseen = [name for name in self._queue if name not in self._decompositions]
-            new = [name for name in unseen if self.factors.has_begun(name)]
-            self._queue = [name for name in unseen if name not in new] + waiting[count:]
+            unseen = [name for name in self._queue if name not in self._ready]
             with self._clock("inverses"):
-                pairs = {name: self.factors[name] for name in (*new, *waiting[:count])}
-                self._decompositions.refresh(pairs, self.damping)
+                made = self._refresh([*unseen, *waiting[:count]])
+            # A layer without a finite gradient so far has no factor to decompose; it is asked again next time.
+            self._queue = [name for name in unseen if name not in made] + waiting[count:]
 
-    def _cost(self, name: str) -> tuple[int, str]:
-        return sum(factor.shape[-1] ** 3 for factor in self.factors[name] if factor.ndim > 1), name
+    def _refresh(self, names: list[str]) -> list[str]:
+        """Decomposes what this rank owns of some layers, and takes its column's; returns those that have one now."""
+        means, begun = self._transport.known(names, self.factors, self._ready)
+        shifts = {name: solvers.shifts(*means[name], self.damping) for name in begun}
+        factors = {
+            (name, side): self.factors[name].side(side)
+            for name in begun
+            for side in (A, G)
+            if self._transport.owns(name, side)
+        }
+        computed, errors = self._decompositions.compute(factors, {key: shifts[key[0]][key[1]] for key in factors})
+        exhausted = self._decompositions.exhausted(errors)
+        failed = self._transport.agree_on_failures(begun, errors, exhausted, self._ready)
+        made = [name for name in begun if name not in failed]
+        self._decompositions.install(self._transport.share(made, computed))
+        self._ready.update(made)
+        return made
+
+    def _cost(self, name: str) -> tuple[float, str]:
+        shape = self._transport.shapes[name]
+        return shape.a.work + shape.g.work, name
 
     def _share_of(self, waiting: list[str]) -> int:
         """Spreads what waits evenly over the steps that are left until the next refresh."""
@@ -280,37 +326,62 @@ class KFACPreconditioner:
         return -(-len(waiting) // max(1, left))
 
     def _precondition(self) -> None:
-        chosen = [(stack, self._reached(stack)) for stack in self._decompositions.stacks]
-        chosen = [(stack, indices) for stack, indices in chosen if indices]
-        stacks = [stack.select(indices) for stack, indices in chosen]
-        raw = [torch.stack([self._layers[name].gradient() for name in stack.names]) for stack in stacks]
+        stacks, raw, solved = self._solve()
         self._remember(stacks, raw)
-        solved = self._solve(stacks, raw)
-        for (whole, indices), stack in zip(chosen, stacks, strict=True):
-            whole.store_moments(indices, stack)
+        if not self._transport.is_alone:
+            stacks, raw, solved = self._with_received(stacks, solved)
         for stack, gradient in zip(stacks, self._bounded(stacks, raw, solved), strict=True):
-            for name, matrix in zip(stack.names, gradient.unbind(), strict=True):
+            for name, matrix in zip(stack, gradient.unbind(), strict=True):
                 self._layers[name].write_(matrix)
 
-    def _reached(self, stack: Stack) -> list[int]:
-        return [index for index, name in enumerate(stack.names) if self._layers[name].has_gradient()]
+    def _solve(self) -> tuple[list[list[str]], list[Tensor], list[Tensor]]:
+        """Preconditions the layers that this rank is a gradient worker of, a stack of equal shapes at a time."""
+        names, raw, solved = [], [], []
+        for whole in self._decompositions.stacks:
+            indices = [index for index, name in enumerate(whole.names) if self._layers[name].has_gradient()]
+            if indices:
+                stack = whole.select(indices)
+                gradient = self._stacked(stack.names)
+                names.append(stack.names)
+                raw.append(gradient)
+                exact = gradient.to(stack.a[0].dtype)
+                solved.append(self._solver.solve(stack.a, stack.g, exact, self.damping, stack.moments))
+                whole.store_moments(indices, stack)
+        return names, raw, solved
 
-    def _solve(self, stacks: list[Stack], raw: list[Tensor]) -> list[Tensor]:
-        damping = self.damping
-        return [
-            self._solver.solve(stack.a, stack.g, gradient.to(stack.a[0].dtype), damping, stack.moments)
-            for stack, gradient in zip(stacks, raw, strict=True)
-        ]
+    def _with_received(
+        self, stacks: list[list[str]], solved: list[Tensor]
+    ) -> tuple[list[list[str]], list[Tensor], list[Tensor]]:
+        """Returns stacks of all layers, equal on every rank, so that the trust region is the same to the bit."""
+        own = {
+            name: matrix
+            for names, gradient in zip(stacks, solved, strict=True)
+            for name, matrix in zip(names, gradient.unbind(), strict=True)
+        }
+        names = [name for name, layer in self._layers.items() if name in self._ready and layer.has_gradient()]
+        everything = self._transport.spread(names, own)
+        groups: dict[object, list[str]] = defaultdict(list)
+        for name in names:
+            groups[everything[name].shape].append(name)
+        every = list(groups.values())
+        return (
+            every,
+            [self._stacked(group) for group in every],
+            [torch.stack([everything[name] for name in group]) for group in every],
+        )
 
-    def _bounded(self, stacks: list[Stack], raw: list[Tensor], solved: list[Tensor]) -> list[Tensor]:
+    def _stacked(self, names: Sequence[str]) -> Tensor:
+        return torch.stack([self._layers[name].gradient() for name in names])
+
+    def _bounded(self, stacks: list[list[str]], raw: list[Tensor], solved: list[Tensor]) -> list[Tensor]:
         if self._trust_region is None or not stacks:
             return solved
-        rates = [self._rates(stack, gradient) for stack, gradient in zip(stacks, solved, strict=True)]
+        rates = [self._rates(names, gradient) for names, gradient in zip(stacks, solved, strict=True)]
         scales = self._trust_region.scales(raw, solved, rates, self._steps)
         return [gradient * scale for gradient, scale in zip(solved, scales, strict=True)]
 
-    def _rates(self, stack: Stack, like: Tensor) -> Tensor:
-        rates = [self._rate(self._layers[name].weight) for name in stack.names]
+    def _rates(self, names: Sequence[str], like: Tensor) -> Tensor:
+        rates = [self._rate(self._layers[name].weight) for name in names]
         numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
         if len(numbers) < len(rates):
             return torch.stack([torch.as_tensor(rate, device=like.device) for rate in rates])
@@ -385,13 +456,11 @@ class KFACPreconditioner:
         rule = self._damping.value
         return isinstance(rule, LevenbergMarquardt) and self._steps % rule.interval == 0
 
-    def _remember(self, stacks: list[Stack], raw: list[Tensor]) -> None:
+    def _remember(self, stacks: list[list[str]], raw: list[Tensor]) -> None:
         """Keeps what ``adapt_damping`` needs: where the step starts from and the raw gradients."""
         self._start = None
         if self._damping_is_due():
-            matrices = [
-                pair for stack, part in zip(stacks, raw, strict=True) for pair in zip(stack.names, part, strict=True)
-            ]
+            matrices = [pair for names, part in zip(stacks, raw, strict=True) for pair in zip(names, part, strict=True)]
             layers = [self._layers[name] for name, _ in matrices]
             self._start = QuadraticModel(layers, dict(matrices), self._model.parameters(), self.damping)
 
@@ -439,18 +508,18 @@ class KFACPreconditioner:
             total = self._example_moments.get(layer.name)
             self._example_moments[layer.name] = squares if total is None else total + squares
 
-    def _take_example_moments(self, statistics: Mapping[str, Statistics]) -> None:
+    def _take_example_moments(self, counts: Mapping[str, Counts]) -> None:
         """Hands what this step showed of the spectrum to the solvers that correct eigenvalues."""
         squares, self._example_moments = self._example_moments, {}
         for stack in self._decompositions.stacks:
             if stack.moments is None:
                 continue
-            seen = [name for name in stack.names if name in statistics]
+            seen = [name for name in stack.names if name in counts]
             if seen:
-                stack.moments.terms = statistics[seen[0]].examples
+                stack.moments.terms = counts[seen[0]].examples
             if all(name in squares for name in stack.names):
                 assert isinstance(self._solver, EKFAC)
-                means = [squares[name] / statistics[name].examples for name in stack.names]
+                means = [squares[name] / counts[name].examples for name in stack.names]
                 stack.moments.take(torch.stack(means), self._solver.decay)
 
     # ---------------------------------------------------------------------------------------------- what it tells
@@ -491,6 +560,7 @@ class KFACPreconditioner:
             "last_factors": self._last_factors,
             "last_inverses": self._last_inverses,
             "queue": list(self._queue),
+            "ready": sorted(self._ready),
             "solver": repr(self._solver),
             "scaling": self._scaling,
             "shapes": {name: list(layer.shape) for name, layer in self._layers.items()},
@@ -517,6 +587,7 @@ class KFACPreconditioner:
         self._queue = list(state["queue"])
         self.factors.restore(state["factors"], devices)
         self._decompositions.restore(state["decompositions"], devices)
+        self._ready = set(state["ready"])
         self._decompositions.failures = dict(state["failures"])
         self._label_generator.set_state(state["label_generator"].cpu())
         self._capture.generator.set_state(state["example_generator"].cpu())
@@ -546,8 +617,8 @@ class KFACPreconditioner:
         return lines
 
     _STATE_KEYS = (
-        "steps", "last_factors", "last_inverses", "queue", "solver", "scaling", "shapes", "factors", "decompositions",
-        "failures", "label_generator", "example_generator", "damping",
+        "steps", "last_factors", "last_inverses", "queue", "ready", "solver", "scaling", "shapes", "factors",
+        "decompositions", "failures", "label_generator", "example_generator", "damping",
     )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- its end

@@ -36,7 +36,7 @@ class Moments:
 
     values: Tensor
     weight: Tensor
-    terms: float = 1.0
+    terms: float | Tensor = 1.0
 
     def take(self, squares: Tensor, decay: float) -> None:
         """Takes new squares into the average, unless they are not finite; the host does not look."""
@@ -52,6 +52,10 @@ class Solver(ABC):
     def initial_moments(self, a: Decomposition, g: Decomposition) -> Moments | None:
         """Returns the state of a solver that corrects eigenvalues, for a new stack of layers."""
         return None
+
+    @abstractmethod
+    def layout(self, factor: torch.Size, is_diagonal: bool) -> tuple[torch.Size, ...]:
+        """Returns the shapes of the tensors of a decomposition, so that it can be received."""
 
     @abstractmethod
     def decompose(
@@ -112,6 +116,9 @@ class Eigen(Solver):
 
     warm_start: WarmStart | None = None
     precision: torch.dtype | None = None
+
+    def layout(self, factor: torch.Size, is_diagonal: bool) -> tuple[torch.Size, ...]:
+        return (factor,) if is_diagonal else (factor[:-1], factor)
 
     def decompose(
         self, factor: Tensor, is_diagonal: bool, shift: Tensor, previous: Decomposition | None
@@ -175,6 +182,9 @@ class EKFAC(Eigen):
 class Cholesky(Solver):
     """Explicit inverses of the two damped factors; the damping is fixed until the next decomposition."""
 
+    def layout(self, factor: torch.Size, is_diagonal: bool) -> tuple[torch.Size, ...]:
+        return (factor,)
+
     def decompose(
         self, factor: Tensor, is_diagonal: bool, shift: Tensor, previous: Decomposition | None
     ) -> Decomposition:
@@ -210,15 +220,16 @@ def named(solver: str | Solver) -> Solver:
     return solvers[solver]
 
 
-def shifts(a: Tensor, g: Tensor, diagonal: tuple[bool, bool], damping: float) -> tuple[Tensor, Tensor]:
-    """Returns the damping (...) of each factor, split in proportion to the mean eigenvalues."""
-    means = [
-        (factor if is_diagonal else torch.diagonal(factor, dim1=-2, dim2=-1)).mean(-1)
-        for factor, is_diagonal in zip((a, g), diagonal, strict=True)
-    ]
-    tiny = torch.finfo(a.dtype).tiny
-    pi = (means[0].clamp(min=tiny) / means[1].clamp(min=tiny)).sqrt()
-    pi = torch.where((means[0] > 0) & (means[1] > 0), pi, torch.ones_like(pi))
+def mean_eigenvalue(factor: Tensor, is_diagonal: bool) -> Tensor:
+    """Returns the mean of the diagonal (...) of a factor."""
+    return (factor if is_diagonal else torch.diagonal(factor, dim1=-2, dim2=-1)).mean(-1)
+
+
+def shifts(mean_a: Tensor, mean_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Returns the damping (...) of each factor, split in proportion to the mean eigenvalues: (π √λ, √λ / π)."""
+    tiny = torch.finfo(mean_a.dtype).tiny
+    pi = (mean_a.clamp(min=tiny) / mean_g.clamp(min=tiny)).sqrt()
+    pi = torch.where((mean_a > 0) & (mean_g > 0), pi, torch.ones_like(pi))
     return pi * damping**0.5, damping**0.5 / pi
 
 

@@ -1,0 +1,358 @@
+"""What travels, and where to: three exchanges, each one message a pair of ranks however many layers there are.
+
+    statistics        every rank ─► the owner of each factor, who adds them up        (factor steps, packed triangles)
+    decompositions    owner ─► the gradient workers of the layer's column             (inverse steps)
+    gradients         gradient worker ─► the receivers along its row                  (every step)
+
+Sizes follow from the placement alone, so that no rank has to ask another what comes. In a world of one nothing moves.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kaisa.errors import ConfigurationError, DecompositionError
+from kaisa.kfac import linalg, solvers
+from kaisa.kfac.collectives import Collectives, Wait
+from kaisa.kfac.decompositions import Key
+from kaisa.kfac.factors import Factors, Pair, Statistics
+from kaisa.kfac.placement import FactorShape, LayerShape, Placement
+from kaisa.kfac.solvers import Decomposition, Solver
+
+A, G = 0, 1
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The types in which numbers travel; None for the type that they are held in.
+
+    Attributes:
+        statistics: of the factors' sums, which are added up in full precision on arrival.
+        gradients: of preconditioned gradients; every rank then works with the rounded values, so that all stay equal.
+        bucket_bytes: statistics travel in messages of about this size, the first while the backward pass runs.
+    """
+
+    statistics: torch.dtype | None = None
+    gradients: torch.dtype | None = None
+    bucket_bytes: int = 25 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("statistics", "gradients"):
+            dtype = getattr(self, name)
+            if dtype is not None and not dtype.is_floating_point:
+                raise ConfigurationError(f"Payload.{name} is {dtype}; give a floating-point type or None")
+        if self.bucket_bytes < 1:
+            raise ConfigurationError(f"Payload.bucket_bytes is {self.bucket_bytes}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much all ranks have summed of a layer.
+
+    Attributes:
+        positions, examples: as in ``Statistics``.
+        is_finite: whether every rank's sums are, and any rank has some; None where nobody has looked.
+    """
+
+    positions: float | Tensor
+    examples: float | Tensor
+    is_finite: Tensor | None
+
+
+class Transport:
+    """Moves statistics, decompositions and gradients between the ranks of a placement.
+
+    Args:
+        collectives: how to reach the others.
+        placement: who does what.
+        shapes: of all layers, in an order that all ranks share.
+        solver: knows the shapes of decompositions.
+        payload: in which types numbers travel.
+        like: an empty tensor of the type and on the device that decompositions are held in.
+    """
+
+    def __init__(
+        self,
+        collectives: Collectives,
+        placement: Placement,
+        shapes: Sequence[LayerShape],
+        solver: Solver,
+        payload: Payload,
+        like: Tensor,
+    ) -> None:
+        self.collectives = collectives
+        self.placement = placement
+        self.shapes = {shape.name: shape for shape in shapes}
+        self.solver = solver
+        self.payload = payload
+        self.like = like
+        self.is_alone = collectives.world_size == 1
+        self.rank = collectives.rank
+        self.world = tuple(range(collectives.world_size))
+        self.buckets = list(_buckets(shapes, payload.bucket_bytes))
+
+    def owns(self, name: str, side: int) -> bool:
+        """Says whether this rank averages and decomposes a factor."""
+        return self.rank in self._owners(name, side)
+
+    def is_gradient_worker(self, name: str) -> bool:
+        """Says whether this rank holds a layer's decompositions and preconditions it."""
+        return self.rank in self.placement[name].gradient_workers
+
+    def _owners(self, name: str, side: int) -> tuple[int, ...]:
+        assignment = self.placement[name]
+        return assignment.g_owners if side else assignment.a_owners
+
+    def _factor(self, name: str, side: int) -> FactorShape:
+        return self.shapes[name].g if side else self.shapes[name].a
+
+    # -------------------------------------------------------------------------------------------------- statistics
+
+    def reduce(self, local: Mapping[str, Statistics]) -> tuple[dict[str, Statistics], dict[str, "Counts"]]:
+        """Adds up statistics over ranks, each factor's at its owners.
+
+        Args:
+            local: this rank's sums; a layer that it has not used counts as zeros.
+
+        Returns:
+            The sums of the layers of which this rank owns a side, an empty tensor for a side that it does not own; and
+            of all layers how much was summed.
+        """
+        if self.is_alone:
+            return dict(local), {name: Counts(sums.positions, sums.examples, None) for name, sums in local.items()}
+        waits = [self._send(bucket, local) for bucket in self.buckets]
+        counts = self._count(local)
+        sides: dict[Key, Tensor] = {}
+        for bucket, wait in zip(self.buckets, waits, strict=True):
+            sides.update(self._added(bucket, wait()))
+        nowhere = self.like.new_empty(0)
+        return {
+            name: Statistics(
+                sides.get((name, A), nowhere),
+                sides.get((name, G), nowhere),
+                counts[name].positions,
+                counts[name].examples,
+                local[name].area if name in local else 1,
+                local[name].scale if name in local else 1.0,
+            )
+            for name in self.shapes
+            if (name, A) in sides or (name, G) in sides
+        }, counts
+
+    def _count(self, local: Mapping[str, Statistics]) -> dict[str, "Counts"]:
+        host = torch.zeros(3, len(self.shapes), dtype=torch.float64)
+        for index, name in enumerate(self.shapes):
+            if name in local:
+                host[0, index], host[1, index] = float(local[name].positions), float(local[name].examples)
+        table = host.to(self.like.device)
+        for index, name in enumerate(self.shapes):
+            if name in local:
+                table[2, index] = ~torch.isfinite(local[name].a.sum() + local[name].g.sum())
+        total = self.collectives.total("counts", self.world, table)
+        return {
+            name: Counts(total[0, index], total[1, index], (total[2, index] == 0) & (total[1, index] > 0))
+            for index, name in enumerate(self.shapes)
+        }
+
+    def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> Wait:
+        wire = self.like.to(self.payload.statistics or self.like.dtype)
+        chunks = [
+            _joined([self._packed(local, key, wire) for key in self._owned_by(rank, bucket)], wire)
+            for rank in self.world
+        ]
+        size = sum(self._packed_size(key) for key in self._owned_by(self.rank, bucket))
+        return self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
+
+    def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
+        """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
+        total = torch.stack([chunk.to(self.like.dtype) for chunk in received]).sum(0)
+        keys = self._owned_by(self.rank, bucket)
+        parts = total.split([self._packed_size(key) for key in keys])
+        return {key: self._unpacked(part, key) for key, part in zip(keys, parts, strict=True)}
+
+    def _owned_by(self, rank: int, bucket: Sequence[str]) -> list[Key]:
+        return [(name, side) for name in bucket for side in (A, G) if rank in self._owners(name, side)]
+
+    def _packed_size(self, key: Key) -> int:
+        return self.shapes[key[0]].uses * self._factor(*key).packed_elements
+
+    def _packed(self, local: Mapping[str, Statistics], key: Key, wire: Tensor) -> Tensor:
+        if key[0] not in local:
+            return wire.new_zeros(self._packed_size(key))
+        sums = local[key[0]].g if key[1] else local[key[0]].a
+        return (sums if self._factor(*key).is_diagonal else linalg.pack(sums)).flatten().to(wire.dtype)
+
+    def _unpacked(self, part: Tensor, key: Key) -> Tensor:
+        shape, factor = self.shapes[key[0]], self._factor(*key)
+        leading = ((shape.uses,) if shape.uses > 1 else ()) + ((factor.blocks,) if shape.has_blocks else ())
+        if factor.is_diagonal:
+            return part.reshape(*leading, factor.size)
+        return linalg.unpack(part.reshape(*leading, -1), factor.size)
+
+    # ---------------------------------------------------------------------------------------------- decompositions
+
+    def known(
+        self, names: Sequence[str], factors: Factors, ready: AbstractSet[str]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+        """Tells every rank the mean eigenvalues of all factors, and of which layers there is a factor to decompose."""
+        if self.is_alone:
+            begun = [name for name in names if name in ready or factors.has_begun(name)]
+            return {name: self._means(name, factors[name]) for name in begun}, begun
+        blocks = {name: self.shapes[name].gradient[0] for name in names}
+        row = [part for name in names for part in self._row(name, blocks[name], factors)]
+        total = self.collectives.total("status", self.world, _joined(row, self.like.double()))
+        parts = iter(total.split([size for name in names for size in (blocks[name], blocks[name], 1)]))
+        means, weights = {}, []
+        for name in names:
+            pair = (next(parts).to(self.like.dtype), next(parts).to(self.like.dtype))
+            means[name] = pair if self.shapes[name].has_blocks else (pair[0][0], pair[1][0])
+            weights.append(next(parts))
+        # Decompositions make the host wait in any case; here it learns once for all layers.
+        seen = (torch.cat(weights) > 0).cpu().numpy()
+        return means, [name for name, is_seen in zip(names, seen, strict=True) if is_seen]
+
+    def _row(self, name: str, blocks: int, factors: Factors) -> list[Tensor]:
+        zeros = self.like.new_zeros(blocks)
+        if name not in factors:
+            return [zeros, zeros, zeros[:1]]
+        is_first = [self._owners(name, side)[0] == self.rank for side in (A, G)]
+        means = [
+            solvers.mean_eigenvalue(factors[name].side(side), self._factor(name, side).is_diagonal).reshape(-1)
+            if is_first[side]
+            else zeros
+            for side in (A, G)
+        ]
+        return [*means, factors.weight(name).reshape(1) if is_first[A] else zeros[:1]]
+
+    def _means(self, name: str, pair: Pair) -> tuple[Tensor, Tensor]:
+        return (
+            solvers.mean_eigenvalue(pair.a, self.shapes[name].a.is_diagonal),
+            solvers.mean_eigenvalue(pair.g, self.shapes[name].g.is_diagonal),
+        )
+
+    def agree_on_failures(
+        self,
+        names: Sequence[str],
+        errors: Mapping[str, DecompositionError],
+        exhausted: Sequence[str],
+        ready: AbstractSet[str],
+    ) -> set[str]:
+        """Tells every rank which layers could not be decomposed and have no earlier decomposition either.
+
+        Raises:
+            DecompositionError: on every rank, when the patience with a layer is at its end on one.
+        """
+        if self.is_alone:
+            failed, ended = set(errors), list(exhausted)
+        else:
+            flags = [[float(name in errors), float(name in exhausted)] for name in names]
+            host = torch.tensor(flags, dtype=torch.float64).reshape(-1, 2)
+            table = self.collectives.total("status", self.world, host.to(self.like.device)).cpu().numpy()
+            failed = {name for name, row in zip(names, table, strict=True) if row[0]}
+            ended = [name for name, row in zip(names, table, strict=True) if row[1]]
+        if ended:
+            name = ended[0]
+            reason = errors.get(name) or "on another rank"
+            raise DecompositionError(
+                f"layer {name!r}: too many decompositions in a row failed ({reason}); "
+                "raise the damping, or look at its factors in kfac.factors"
+            ) from errors.get(name)
+        return {name for name in failed if name not in ready}
+
+    def share(
+        self, names: Sequence[str], computed: Mapping[Key, Decomposition]
+    ) -> dict[str, tuple[Decomposition, Decomposition]]:
+        """Gives the decompositions of this rank's column to all its gradient workers.
+
+        Args:
+            names: the layers that are refreshed; all ranks name the same.
+            computed: those that this rank has made.
+        """
+        own = [name for name in names if self.is_gradient_worker(name)]
+        if not own:
+            return {}
+        column = self.placement[own[0]].gradient_workers
+        sent_by = {rank: self._sent_by(rank, own) for rank in column}
+        everything = dict(computed)
+        if len(column) > 1 and any(sent_by.values()):
+            message = _joined([part.flatten() for key in sent_by[self.rank] for part in computed[key]], self.like)
+            nothing = self.like.new_empty(0)
+            sizes = [sum(map(self._decomposition_size, sent_by[rank])) * (rank != self.rank) for rank in column]
+            chunks = [nothing if rank == self.rank else message for rank in column]
+            received = self.collectives.exchange("decompositions", column, chunks, sizes)()
+            for rank, chunk in zip(column, received, strict=True):
+                if rank != self.rank:
+                    everything.update(self._decompositions(sent_by[rank], chunk))
+        return {name: (everything[name, A], everything[name, G]) for name in own}
+
+    def _sent_by(self, rank: int, names: Sequence[str]) -> list[Key]:
+        """What one owner has and the others of the column lack; a factor that all own is sent by nobody."""
+        return [(name, side) for name in names for side in (A, G) if self._owners(name, side) == (rank,)]
+
+    def _decomposition_shapes(self, key: Key) -> tuple[torch.Size, ...]:
+        shape, factor = self.shapes[key[0]], self._factor(*key)
+        leading = (factor.blocks,) if shape.has_blocks else ()
+        sides = (factor.size,) if factor.is_diagonal else (factor.size, factor.size)
+        return self.solver.layout(torch.Size((*leading, *sides)), factor.is_diagonal)
+
+    def _decomposition_size(self, key: Key) -> int:
+        return sum(shape.numel() for shape in self._decomposition_shapes(key))
+
+    def _decompositions(self, keys: Sequence[Key], chunk: Tensor) -> Iterator[tuple[Key, Decomposition]]:
+        shapes = [(key, shape) for key in keys for shape in self._decomposition_shapes(key)]
+        parts = iter(chunk.split([shape.numel() for _, shape in shapes]))
+        for key in keys:
+            yield key, tuple(next(parts).reshape(shape) for shape in self._decomposition_shapes(key))
+
+    # --------------------------------------------------------------------------------------------------- gradients
+
+    def spread(self, names: Sequence[str], solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gives every rank the preconditioned gradients of all layers, along its row.
+
+        Args:
+            names: the layers that are preconditioned in this step; all ranks name the same.
+            solved: those that this rank has preconditioned.
+        """
+        row = self.placement.row(self.rank)
+        if len(row) == 1:
+            return dict(solved)
+        by_sender: dict[int, list[str]] = {rank: [] for rank in row}
+        for name in names:
+            by_sender[self.placement.sender(name, self.rank)].append(name)
+        wire = self.like.to(self.payload.gradients or self.like.dtype)
+        message = _joined([solved[name].flatten().to(wire.dtype) for name in by_sender[self.rank]], wire)
+        sizes = [sum(self.shapes[name].gradient_elements for name in by_sender[rank]) for rank in row]
+        received = self.collectives.exchange("gradients", row, [message] * len(row), sizes)()
+        result: dict[str, Tensor] = {}
+        for rank, chunk in zip(row, received, strict=True):
+            parts = chunk.to(self.like.dtype).split([self.shapes[name].gradient_elements for name in by_sender[rank]])
+            for name, part in zip(by_sender[rank], parts, strict=True):
+                shape = self.shapes[name]
+                result[name] = part.reshape(shape.gradient if shape.has_blocks else shape.gradient[1:])
+        return result
+
+
+def groups_of(placement: Placement) -> set[tuple[int, ...]]:
+    """Returns all sets of ranks that communicate under a placement."""
+    return {tuple(range(placement.world_size)), *placement.rows, *placement.columns}
+
+
+def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([part.to(like.dtype) for part in parts]) if parts else like.new_empty(0)
+
+
+def _buckets(shapes: Sequence[LayerShape], most: int) -> Iterator[tuple[str, ...]]:
+    """Groups layers, the last first as the backward pass reaches them, into messages of about ``most`` bytes."""
+    bucket: list[str] = []
+    size = 0
+    for shape in reversed(shapes):
+        bucket.append(shape.name)
+        size += 4 * shape.uses * (shape.a.packed_elements + shape.g.packed_elements)
+        if size >= most:
+            yield tuple(bucket)
+            bucket, size = [], 0
+    if bucket:
+        yield tuple(bucket)
