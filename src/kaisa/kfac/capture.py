@@ -40,6 +40,7 @@ class Capture:
         seed: decides which examples are drawn.
         clock: measures the phase "statistics".
         examples_observer: is shown every layer's inputs and output gradients.
+        layer_observer: is told the name of a layer whenever its sums have grown.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Capture:
         seed: int,
         clock: Clock,
         examples_observer: ExampleObserver | None = None,
+        layer_observer: Callable[[str], None] | None = None,
     ) -> None:
         self.active = False
         self.reduction = reduction
@@ -64,6 +66,7 @@ class Capture:
         self.dtype = dtype
         self.clock = clock
         self.examples_observer = examples_observer
+        self.layer_observer = layer_observer
         self.generator = torch.Generator().manual_seed(seed)
         self.batch_size: int | None = None
         self._expects_sampled = False
@@ -104,6 +107,10 @@ class Capture:
         """Returns the statistics collected since the last call, by layer name, and forgets them."""
         sums, self._sums, self._last_backward = self._sums, {}, {}
         return sums
+
+    def take_some(self, names: Sequence[str]) -> dict[str, Statistics]:
+        """Returns the statistics of some layers and forgets them; what comes later belongs to the next step."""
+        return {name: self._sums.pop(name) for name in names if name in self._sums}
 
     @contextmanager
     def sampling(self, *, with_inputs: bool) -> Iterator[None]:
@@ -199,6 +206,8 @@ class Capture:
             self._sums[layer.name].add_(statistics)
         else:
             self._sums[layer.name] = statistics
+        if self.layer_observer is not None:
+            self.layer_observer(layer.name)
 
     def _new_terms(self, layer: Layer, terms: float) -> float:
         """Counts the terms of a loss once a backward pass, however often the layer was used in it."""

@@ -8,7 +8,7 @@ Layers whose factors have equal shapes are one stack: decomposed, rotated and sc
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -183,6 +183,27 @@ class KFACPreconditioner:
         like = torch.empty(0, dtype=_held_in(layers[0], inv_dtype), device=layers[0].weight.device)
         self._transport = Transport(collectives, self.placement, shapes, self._solver, payload or Payload(), like)
         self._ready: set[str] = set()
+        self._calls: Counter[str] = Counter()
+        self._calls_before: Counter[str] | None = None
+        self._transport.agree(
+            {
+                "model": repr(shapes),
+                "solver": repr(self._solver),
+                "fisher": repr(self._fisher),
+                "trust_region": type(trust_region).__name__,
+                "factor_scaling": factor_scaling,
+                "loss_reduction": loss_reduction,
+                "accumulation_steps": str(accumulation_steps),
+                "spread_inverses": str(spread_inverses),
+                "payload": repr(payload),
+                "placement": repr((workers, colocate_factors, local_below)),
+                "seed": str(seed),
+                **{
+                    schedule.name: "a function" if callable(schedule.value) else repr(float(schedule.value))
+                    for schedule in (self._factor_interval, self._inverse_interval, self._damping, self._decay)
+                },
+            }
+        )
         self._model = plain
         self._steps = 0
         self._last_factors: int | None = None
@@ -208,6 +229,7 @@ class KFACPreconditioner:
             seed=seed + collectives.rank,
             clock=self._clock,
             examples_observer=self._observe_examples if per_example else None,
+            layer_observer=None if self._transport.is_alone else self._note_call,
         )
         if self._fisher.kind != "empirical":
             self._capture.expect_sampled()
@@ -250,9 +272,17 @@ class KFACPreconditioner:
     def _factors_are_due(self) -> bool:
         return _due(self._steps, self._last_factors, self._factor_interval)
 
+    def _note_call(self, name: str) -> None:
+        """Sends statistics as soon as every layer of a bucket was called as often as in the last factor step."""
+        self._calls[name] += 1
+        before = self._calls_before
+        if before is not None:
+            self._transport.send_next(lambda layer: self._calls[layer] >= before[layer], self._capture.take_some)
+
     def _update_factors(self) -> None:
         local = self._capture.take()
-        if not local:
+        self._calls_before, self._calls = self._calls, Counter()
+        if not local and not self._calls_before:
             self._explain_silence()
             if self._transport.is_alone:
                 return

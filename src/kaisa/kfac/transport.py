@@ -7,9 +7,10 @@
 Sizes follow from the placement alone, so that no rank has to ask another what comes. In a world of one nothing moves.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -92,7 +93,33 @@ class Transport:
         self.is_alone = collectives.world_size == 1
         self.rank = collectives.rank
         self.world = tuple(range(collectives.world_size))
+        self._sent: list[tuple[dict[str, Statistics], Wait]] = []
         self.buckets = list(_buckets(shapes, payload.bucket_bytes))
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Makes sure that all ranks were built alike.
+
+        Args:
+            facts: what must be equal everywhere, by name.
+
+        Raises:
+            ConfigurationError: on every rank, with the facts that differ and where.
+        """
+        if self.is_alone:
+            return
+        digests = [int.from_bytes(sha256(text.encode()).digest()[:7], "big") for text in facts.values()]
+        own = torch.tensor(digests, dtype=torch.int64, device=self.like.device)
+        everybody = torch.stack(
+            self.collectives.exchange("digest", self.world, [own] * len(self.world), [len(facts)] * len(self.world))()
+        )
+        table = everybody.cpu().numpy()
+        differing = {
+            fact: [rank for rank in self.world if table[rank, index] != table[0, index]]
+            for index, fact in enumerate(facts)
+        }
+        found = [f"{fact} (ranks {ranks} differ from rank 0)" for fact, ranks in differing.items() if ranks]
+        if found:
+            raise ConfigurationError(f"the ranks were built differently: {', '.join(found)}")
 
     def owns(self, name: str, side: int) -> bool:
         """Says whether this rank averages and decomposes a factor."""
@@ -123,10 +150,13 @@ class Transport:
         """
         if self.is_alone:
             return dict(local), {name: Counts(sums.positions, sums.examples, None) for name, sums in local.items()}
-        waits = [self._send(bucket, local) for bucket in self.buckets]
+        for bucket in self.buckets[len(self._sent) :]:
+            self._send(bucket, local)
+        sent, self._sent = self._sent, []
+        local = {name: sums for part, _ in sent for name, sums in part.items()}
         counts = self._count(local)
         sides: dict[Key, Tensor] = {}
-        for bucket, wait in zip(self.buckets, waits, strict=True):
+        for bucket, (_, wait) in zip(self.buckets, sent, strict=True):
             sides.update(self._added(bucket, wait()))
         nowhere = self.like.new_empty(0)
         return {
@@ -141,6 +171,21 @@ class Transport:
             for name in self.shapes
             if (name, A) in sides or (name, G) in sides
         }, counts
+
+    def send_next(
+        self, is_complete: Callable[[str], bool], take: Callable[[Sequence[str]], dict[str, Statistics]]
+    ) -> None:
+        """Sends the buckets that are complete, in their order and while the backward pass goes on.
+
+        When is each rank's own affair: all ranks send all buckets in one order, the last of them in ``reduce``.
+
+        Args:
+            is_complete: says whether the sums of a layer will not grow any more in this step.
+            take: hands over the sums of some layers.
+        """
+        while len(self._sent) < len(self.buckets) and all(map(is_complete, self.buckets[len(self._sent)])):
+            bucket = self.buckets[len(self._sent)]
+            self._send(bucket, take(bucket))
 
     def _count(self, local: Mapping[str, Statistics]) -> dict[str, "Counts"]:
         host = torch.zeros(3, len(self.shapes), dtype=torch.float64)
@@ -157,14 +202,15 @@ class Transport:
             for index, name in enumerate(self.shapes)
         }
 
-    def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> Wait:
+    def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
         wire = self.like.to(self.payload.statistics or self.like.dtype)
         chunks = [
             _joined([self._packed(local, key, wire) for key in self._owned_by(rank, bucket)], wire)
             for rank in self.world
         ]
         size = sum(self._packed_size(key) for key in self._owned_by(self.rank, bucket))
-        return self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
+        wait = self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
+        self._sent.append(({name: local[name] for name in bucket if name in local}, wait))
 
     def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
