@@ -13,16 +13,21 @@ group handle, and counts what it sends by kind.
 from __future__ import annotations
 
 import datetime
+import logging
+import os
+import signal
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kaisa.errors import CollectiveError
+from kaisa.errors import CollectiveError, ConfigurationError
 
 Wait = Callable[[], list[Tensor]]
 
@@ -69,6 +74,23 @@ class Collectives(ABC):
         self.bytes_sent[kind] += tensor.nbytes
         self.calls[kind] += 1
         return self._total(kind, ranks, tensor)
+
+    def write_shards(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors by name to a directory; what several ranks name is written by one of them.
+
+        Raises:
+            OSError: on every rank, with the reasons of those that could not write.
+        """
+        _write_shards(directory, tensors, no_dist=True)
+
+    def read_shards(self, directory: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Reads tensors that ranks of any world wrote, to the CPU; nothing is unpickled.
+
+        Args:
+            directory: what ``write_shards`` filled.
+            is_wanted: says by name which this rank needs; each rank reads for itself.
+        """
+        return _read_shards(directory, is_wanted)
 
     @abstractmethod
     def _exchange(self, kind: str, ranks: tuple[int, ...], chunks: Sequence[Tensor], sizes: Sequence[int]) -> Wait: ...
@@ -134,6 +156,10 @@ class Processes(Collectives):
         self._run(kind, ranks, lambda group: dist.all_reduce(result, group=group))
         return result
 
+    def write_shards(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+        everybody = tuple(range(self.world_size))
+        self._run("checkpoint", everybody, lambda group: _write_shards(directory, tensors, process_group=group))
+
     def _run(self, kind: str, ranks: tuple[int, ...], operation: Callable[[dist.ProcessGroup], Any]) -> Any:
         try:
             return operation(self._groups[ranks])
@@ -148,8 +174,118 @@ def _first_line(error: BaseException) -> str:
     return str(error).split("\n", 1)[0]
 
 
+def _write_shards(directory: Path, tensors: Mapping[str, Tensor], **where: Any) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        dcp.save(dict(tensors), storage_writer=_storage("Writer", directory, save_distributed=True), **where)
+    except CheckpointException as error:
+        reasons = [f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items())]
+        raise OSError("; ".join(reasons)) from error
+
+
+def _read_shards(directory: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = _storage("Reader", directory)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and is_wanted(name)
+    }
+    if tensors:
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise OSError(str(error)) from error
+    return tensors
+
+
+def _storage(kind: str, directory: Path, **options: Any) -> Any:
+    """Returns the storage that keeps tensors as safetensors; torch's other one reads and writes pickles."""
+    from torch.distributed import checkpoint as dcp
+
+    storage = getattr(dcp, f"HuggingFaceStorage{kind}", None)
+    if storage is None:
+        raise ConfigurationError(
+            f"torch {torch.__version__} writes no checkpoints as safetensors; install 2.9 or later"
+        )
+    return storage(path=str(directory), **options)
+
+
 def world() -> tuple[int, int]:
     """Returns (rank, world size) of the running process group, (0, 1) without one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def launched_world() -> tuple[int, int] | None:
+    """Returns the (rank, world size) that ``torchrun`` gave this process; None for a process of its own."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def join_world(device: torch.device, timeout: datetime.timedelta | None = None) -> Collectives:
+    """Meets the other processes that ``torchrun`` started, over NCCL on GPUs and gloo otherwise.
+
+    Args:
+        device: what the ranks compute on; of several GPUs each local rank takes its own.
+        timeout: how long a rank waits for another; None for torch's own.
+
+    Returns:
+        How to reach the others; ``Alone`` for a process that nobody launched, or a world of one.
+    """
+    launched = launched_world()
+    if launched is None or launched[1] == 1:
+        return Alone()
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return Processes.of_world()
+
+
+def leave_world() -> None:
+    """Takes leave of the other processes; does nothing in a process that has not joined any."""
+    if world()[1] > 1:
+        dist.destroy_process_group()
+
+
+def start_processes(count: int, arguments: Sequence[str]) -> int:
+    """Runs ``python -m kaisa`` with some arguments as ranks on this machine, as ``torchrun`` would.
+
+    Args:
+        count: how many processes.
+        arguments: of the command, the same for all.
+
+    Returns:
+        The exit status of the first that failed, 0 if none did, 128 + the number of a signal that ended them.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself why it failed
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "kaisa", *arguments)
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status >= 0 else 128 - status
+    except SignalException as error:
+        return 128 + signal.Signals(error.sigval).value
+    return 0
