@@ -186,7 +186,7 @@ class Capture:
         terms = self.terms() or batch_size or (x.shape[0] if x.ndim > 1 else 1)
         whole = x.shape[0]
         x, gradient, blocks = self._drawn(x, gradient)
-        dtype = self._working_dtype(layer)
+        dtype = layer.summed_in(self.dtype)
         scale = 1.0 if self._sampling else (terms if self.reduction == "mean" else 1.0)
         delta = gradient.to(dtype) * (scale if self._sampling else scale * self.loss_scale(gradient.device))
         if x.is_floating_point():
@@ -217,11 +217,6 @@ class Capture:
         is_new = backward < 0 or self._last_backward.get(layer.name) != backward
         self._last_backward[layer.name] = backward
         return float(terms) if is_new else 0.0
-
-    def _working_dtype(self, layer: Layer) -> torch.dtype:
-        if self.dtype is not None:
-            return torch.promote_types(self.dtype, torch.float32)
-        return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
     def _drawn(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
         """Returns one of several equally likely blocks of consecutive examples, and how many there are."""

@@ -106,6 +106,12 @@ class Layer(ABC):
         sides = (FactorShape(size, blocks, self.is_diagonal[0]), FactorShape(out, blocks, self.is_diagonal[1]))
         return LayerShape(self.name, *sides, (blocks, out, size), has_blocks=len(self.shape) == 3, uses=self.uses)
 
+    def summed_in(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Returns the type of the statistics: at least float32; for None float64 where the layer is."""
+        if dtype is not None:
+            return torch.promote_types(dtype, torch.float32)
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
     @abstractmethod
     def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:
         """Returns the sums of one call, batch first; ``positions`` is set here, ``examples`` by the caller.

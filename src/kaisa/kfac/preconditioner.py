@@ -180,8 +180,16 @@ class KFACPreconditioner:
             shapes, collectives.world_size, workers, colocate=colocate_factors, local_below=local_below
         )
         collectives.prepare(groups_of(self.placement))
-        like = torch.empty(0, dtype=_held_in(layers[0], inv_dtype), device=layers[0].weight.device)
-        self._transport = Transport(collectives, self.placement, shapes, self._solver, payload or Payload(), like)
+        self._transport = Transport(
+            collectives,
+            self.placement,
+            shapes,
+            self._solver,
+            payload or Payload(),
+            {layer.name: layer.summed_in(factor_dtype) for layer in layers},
+            {layer.name: _held_in(layer, inv_dtype) for layer in layers},
+            layers[0].weight.device,
+        )
         self._ready: set[str] = set()
         self._calls: Counter[str] = Counter()
         self._calls_before: Counter[str] | None = None
@@ -392,7 +400,7 @@ class KFACPreconditioner:
         everything = self._transport.spread(names, own)
         groups: dict[object, list[str]] = defaultdict(list)
         for name in names:
-            groups[everything[name].shape].append(name)
+            groups[everything[name].shape, everything[name].dtype].append(name)
         every = list(groups.values())
         return (
             every,

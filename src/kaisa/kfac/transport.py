@@ -7,9 +7,10 @@
 Sizes follow from the placement alone, so that no rank has to ask another what comes. In a world of one nothing moves.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import reduce
 from hashlib import sha256
 
 import torch
@@ -72,7 +73,9 @@ class Transport:
         shapes: of all layers, in an order that all ranks share.
         solver: knows the shapes of decompositions.
         payload: in which types numbers travel.
-        like: an empty tensor of the type and on the device that decompositions are held in.
+        summed_in: the type of each layer's statistics, in which they are added up.
+        held_in: the type of each layer's decompositions.
+        device: where messages are made.
     """
 
     def __init__(
@@ -82,14 +85,20 @@ class Transport:
         shapes: Sequence[LayerShape],
         solver: Solver,
         payload: Payload,
-        like: Tensor,
+        summed_in: Mapping[str, torch.dtype],
+        held_in: Mapping[str, torch.dtype],
+        device: torch.device,
     ) -> None:
         self.collectives = collectives
         self.placement = placement
         self.shapes = {shape.name: shape for shape in shapes}
         self.solver = solver
         self.payload = payload
-        self.like = like
+        self.summed_in = summed_in
+        self.held_in = held_in
+        # One message holds all layers: its type holds those of all of them.
+        self.sums_like = torch.empty(0, dtype=_widest(summed_in.values()), device=device)
+        self.like = torch.empty(0, dtype=_widest(held_in.values()), device=device)
         self.is_alone = collectives.world_size == 1
         self.rank = collectives.rank
         self.world = tuple(range(collectives.world_size))
@@ -195,15 +204,19 @@ class Transport:
         table = host.to(self.like.device)
         for index, name in enumerate(self.shapes):
             if name in local:
-                table[2, index] = ~torch.isfinite(local[name].a.sum() + local[name].g.sum())
+                table[2, index] = ~torch.isfinite(self._sum_sent(local[name].a) + self._sum_sent(local[name].g))
         total = self.collectives.total("counts", self.world, table)
         return {
             name: Counts(total[0, index], total[1, index], (total[2, index] == 0) & (total[1, index] > 0))
             for index, name in enumerate(self.shapes)
         }
 
+    def _sum_sent(self, sums: Tensor) -> Tensor:
+        """Returns the sum of what the others will see, which a payload of a short range may make infinite."""
+        return sums.sum() if self.payload.statistics is None else sums.to(self.payload.statistics).sum(dtype=sums.dtype)
+
     def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
-        wire = self.like.to(self.payload.statistics or self.like.dtype)
+        wire = self.sums_like.to(self.payload.statistics or self.sums_like.dtype)
         chunks = [
             _joined([self._packed(local, key, wire) for key in self._owned_by(rank, bucket)], wire)
             for rank in self.world
@@ -214,10 +227,10 @@ class Transport:
 
     def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
-        total = torch.stack([chunk.to(self.like.dtype) for chunk in received]).sum(0)
+        total = torch.stack([chunk.to(self.sums_like.dtype) for chunk in received]).sum(0)
         keys = self._owned_by(self.rank, bucket)
         parts = total.split([self._packed_size(key) for key in keys])
-        return {key: self._unpacked(part, key) for key, part in zip(keys, parts, strict=True)}
+        return {key: self._unpacked(part.to(self.summed_in[key[0]]), key) for key, part in zip(keys, parts, strict=True)}
 
     def _owned_by(self, rank: int, bucket: Sequence[str]) -> list[Key]:
         return [(name, side) for name in bucket for side in (A, G) if rank in self._owners(name, side)]
@@ -253,7 +266,7 @@ class Transport:
         parts = iter(total.split([size for name in names for size in (blocks[name], blocks[name], 1)]))
         means, weights = {}, []
         for name in names:
-            pair = (next(parts).to(self.like.dtype), next(parts).to(self.like.dtype))
+            pair = (next(parts).to(self.summed_in[name]), next(parts).to(self.summed_in[name]))
             means[name] = pair if self.shapes[name].has_blocks else (pair[0][0], pair[1][0])
             weights.append(next(parts))
         # Decompositions make the host wait in any case; here it learns once for all layers.
@@ -261,7 +274,7 @@ class Transport:
         return means, [name for name, is_seen in zip(names, seen, strict=True) if is_seen]
 
     def _row(self, name: str, blocks: int, factors: Factors) -> list[Tensor]:
-        zeros = self.like.new_zeros(blocks)
+        zeros = self.like.new_zeros(blocks, dtype=torch.float64)
         if name not in factors:
             return [zeros, zeros, zeros[:1]]
         is_first = [self._owners(name, side)[0] == self.rank for side in (A, G)]
@@ -351,7 +364,8 @@ class Transport:
         shapes = [(key, shape) for key in keys for shape in self._decomposition_shapes(key)]
         parts = iter(chunk.split([shape.numel() for _, shape in shapes]))
         for key in keys:
-            yield key, tuple(next(parts).reshape(shape) for shape in self._decomposition_shapes(key))
+            held = self.held_in[key[0]]
+            yield key, tuple(next(parts).to(held).reshape(shape) for shape in self._decomposition_shapes(key))
 
     # --------------------------------------------------------------------------------------------------- gradients
 
@@ -377,13 +391,18 @@ class Transport:
             parts = chunk.to(self.like.dtype).split([self.shapes[name].gradient_elements for name in by_sender[rank]])
             for name, part in zip(by_sender[rank], parts, strict=True):
                 shape = self.shapes[name]
-                result[name] = part.reshape(shape.gradient if shape.has_blocks else shape.gradient[1:])
+                matrix = part.reshape(shape.gradient if shape.has_blocks else shape.gradient[1:])
+                result[name] = matrix.to(self.held_in[name])
         return result
 
 
 def groups_of(placement: Placement) -> set[tuple[int, ...]]:
     """Returns all sets of ranks that communicate under a placement."""
     return {tuple(range(placement.world_size)), *placement.rows, *placement.columns}
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, dtypes)
 
 
 def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
