@@ -290,11 +290,13 @@ class KFACPreconditioner:
     def _update_factors(self) -> None:
         local = self._capture.take()
         self._calls_before, self._calls = self._calls, Counter()
-        if not local and not self._calls_before:
+        is_silent = not local and not self._calls_before
+        if is_silent and self._transport.is_alone:
             self._explain_silence()
-            if self._transport.is_alone:
-                return
+            return
         totals, counts = self._transport.reduce(local)
+        if is_silent and self._transport.is_nobody_heard(counts):
+            self._explain_silence()
         decay = self._decay.resolve(self._steps)
         for name, sums in totals.items():
             layer = self._layers[name]

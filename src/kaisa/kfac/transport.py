@@ -181,6 +181,11 @@ class Transport:
             if (name, A) in sides or (name, G) in sides
         }, counts
 
+    def is_nobody_heard(self, counts: Mapping[str, Counts]) -> bool:
+        """Says whether no rank has summed anything; makes the host wait, for a rank that has nothing else to do."""
+        total = torch.stack([torch.as_tensor(count.examples) for count in counts.values()]).sum()
+        return not total.cpu().numpy()
+
     def send_next(
         self, is_complete: Callable[[str], bool], take: Callable[[Sequence[str]], dict[str, Statistics]]
     ) -> None:
