@@ -9,7 +9,7 @@ Layers whose factors have equal shapes are one stack: decomposed, rotated and sc
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -554,9 +554,8 @@ class KFACPreconditioner:
         for stack in self._decompositions.stacks:
             if stack.moments is None:
                 continue
-            seen = [name for name in stack.names if name in counts]
-            if seen:
-                stack.moments.terms = counts[seen[0]].examples
+            if counts:
+                stack.moments.terms = _most(count.examples for count in counts.values())
             if all(name in squares for name in stack.names):
                 assert isinstance(self._solver, EKFAC)
                 means = [squares[name] / counts[name].examples for name in stack.names]
@@ -675,6 +674,11 @@ class KFACPreconditioner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _most(examples: Iterable[float | Tensor]) -> Tensor:
+    """Returns the terms of the loss: those of the layers that all of it passed through, on any placement."""
+    return torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in examples]).max()
 
 
 def _number(loss: Tensor | float) -> float:
