@@ -92,7 +92,8 @@ class Decompositions:
 
         Returns:
             What succeeded, and the errors by layer. A factor that failed keeps its last good decomposition, if it has
-            one; the failures of its layer in a row are counted.
+            one, and its partner, which another rank may own, gets the new one; the failures of a layer in a row are
+            counted.
         """
         computed: dict[Key, Decomposition] = {}
         errors: dict[str, DecompositionError] = {}
@@ -104,7 +105,7 @@ class Decompositions:
             else:
                 self.failures.pop(name, None)
         for name, side in factors:
-            if name in errors and name in self._slots:
+            if name in errors and name in self._slots and (name, side) not in computed:
                 stack, index = self._slots[name]
                 computed[name, side] = tuple(part.clone() for part in stack.sides(index)[side])
         return computed, errors
