@@ -28,3 +28,7 @@ class StateError(KaisaError, ValueError):
 
 class CollectiveError(KaisaError, RuntimeError):
     """Ranks could not exchange what they had to: one has failed, is late, or was built differently."""
+
+
+class CheckpointError(StateError):
+    """A checkpoint is torn, foreign, or could not be written; what was there before is as it was."""

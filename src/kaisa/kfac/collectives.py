@@ -15,19 +15,24 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import signal
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kaisa.errors import CollectiveError, ConfigurationError
+from kaisa.kfac.liveness import Heartbeat
 
 Wait = Callable[[], list[Tensor]]
 
@@ -122,12 +127,13 @@ class Processes(Collectives):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._timeout = timeout
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._heartbeat = _heartbeat()
         self.prepare(groups)
 
     @classmethod
     def of_world(cls) -> Processes:
-        """Returns a communicator of all ranks that makes the groups of a grid when they are first needed."""
-        return cls([tuple(range(dist.get_world_size()))])
+        """Returns a communicator of all ranks with the timeout that the process group was made with."""
+        return cls([tuple(range(dist.get_world_size()))], _timeout_of_world())
 
     def prepare(self, groups: Iterable[tuple[int, ...]]) -> None:
         for ranks in sorted(set(groups) - set(self._groups)):
@@ -161,34 +167,79 @@ class Processes(Collectives):
         self._run("checkpoint", everybody, lambda group: _write_shards(directory, tensors, process_group=group))
 
     def _run(self, kind: str, ranks: tuple[int, ...], operation: Callable[[dist.ProcessGroup], Any]) -> Any:
+        self._heartbeat.place = f"exchange {sum(self.calls.values())} ({kind})"
         try:
             return operation(self._groups[ranks])
-        except (RuntimeError, dist.DistError) as error:
-            raise CollectiveError(
-                f"rank {self.rank} could not exchange {kind} with ranks {ranks}: {_first_line(error)}; "
-                "one of them has failed or is late, look at its own error"
-            ) from error
+        except RuntimeError as error:
+            raise _named(error, f"rank {self.rank} could not exchange {kind} with ranks {ranks}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]
+@contextmanager
+def absent_ranks_named() -> Iterator[None]:
+    """Turns an error of ``torch.distributed`` inside the block, of a wrapper too, into one that names who is absent.
+
+    Raises:
+        CollectiveError: in its place.
+    """
+    try:
+        yield
+    except CollectiveError:
+        raise
+    except RuntimeError as error:
+        if world()[1] == 1 or not (isinstance(error, dist.DistError) or _OF_A_BACKEND.search(str(error))):
+            raise
+        raise _named(error, f"rank {dist.get_rank()} lost another rank") from error
+
+
+_OF_A_BACKEND = re.compile("gloo|nccl|connection|timed out|peer", re.IGNORECASE)
+
+
+def _named(error: BaseException, what: str) -> CollectiveError:
+    reason = str(error).split("\n", 1)[0]
+    return CollectiveError(f"{what}: {reason}; {_heartbeat().roll_call()}")
+
+
+def _heartbeat() -> Heartbeat:
+    """Returns what tells the others that this process lives, one for each process group of the world."""
+    group = dist.group.WORLD
+    assert group is not None
+    if group not in _heartbeats:
+        store = dist.distributed_c10d._get_default_store()
+        # A connection of its own: the process group's may wait for a key, and a beat must not wait behind it.
+        store = store.clone() if hasattr(store, "clone") else store
+        prefix = f"kaisa/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        _heartbeats[group] = Heartbeat(store, prefix, dist.get_rank(), dist.get_world_size())
+    return _heartbeats[group]
+
+
+_heartbeats: WeakKeyDictionary[dist.ProcessGroup, Heartbeat] = WeakKeyDictionary()
+
+
+def _timeout_of_world() -> datetime.timedelta | None:
+    """Returns the timeout that ``init_process_group`` was given, which ``new_group`` would forget."""
+    group = dist.group.WORLD
+    devices = [] if group is None else group._device_types
+    options = getattr(group._get_backend(devices[0]), "options", None) if group is not None and devices else None
+    timeout: datetime.timedelta | None = getattr(options, "_timeout", None)
+    return timeout
 
 
 def _write_shards(directory: Path, tensors: Mapping[str, Tensor], **where: Any) -> None:
-    from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        dcp.save(dict(tensors), storage_writer=_storage("Writer", directory, save_distributed=True), **where)
+        with _for_one_process_too():
+            save(dict(tensors), storage_writer=_storage("Writer", directory, save_distributed=True), **where)
     except CheckpointException as error:
         reasons = [f"rank {rank}: {failure[0]!r}" for rank, failure in sorted(error.failures.items())]
         raise OSError("; ".join(reasons)) from error
 
 
 def _read_shards(directory: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = _storage("Reader", directory)
     tensors = {
@@ -198,10 +249,19 @@ def _read_shards(directory: Path, is_wanted: Callable[[str], bool]) -> dict[str,
     }
     if tensors:
         try:
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            with _for_one_process_too():
+                load(tensors, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
             raise OSError(str(error)) from error
     return tensors
+
+
+@contextmanager
+def _for_one_process_too() -> Iterator[None]:
+    """Silences the remark that torch.distributed is not running, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _storage(kind: str, directory: Path, **options: Any) -> Any:

@@ -179,7 +179,6 @@ class KFACPreconditioner:
         self.placement = place(
             shapes, collectives.world_size, workers, colocate=colocate_factors, local_below=local_below
         )
-        collectives.prepare(groups_of(self.placement))
         self._transport = Transport(
             collectives,
             self.placement,
@@ -193,25 +192,31 @@ class KFACPreconditioner:
         self._ready: set[str] = set()
         self._calls: Counter[str] = Counter()
         self._calls_before: Counter[str] | None = None
+        # Ranks that differ would make different groups, so that none is made before they have agreed.
         self._transport.agree(
             {
-                "model": repr(shapes),
+                "layers": repr(shapes),
+                "parameters": "" if self._transport.is_alone else _digest(plain),
                 "solver": repr(self._solver),
                 "fisher": repr(self._fisher),
-                "trust_region": type(trust_region).__name__,
+                "factor_examples": repr(factor_examples),
+                "trust_region": f"{type(trust_region).__name__} {_told(getattr(trust_region, 'limit', None))}",
                 "factor_scaling": factor_scaling,
                 "loss_reduction": loss_reduction,
                 "accumulation_steps": str(accumulation_steps),
                 "spread_inverses": str(spread_inverses),
+                "patience": str(patience),
+                "dtypes": repr((factor_dtype, inv_dtype)),
                 "payload": repr(payload),
                 "placement": repr((workers, colocate_factors, local_below)),
                 "seed": str(seed),
                 **{
-                    schedule.name: "a function" if callable(schedule.value) else repr(float(schedule.value))
+                    schedule.name: _told(schedule.value)
                     for schedule in (self._factor_interval, self._inverse_interval, self._damping, self._decay)
                 },
             }
         )
+        collectives.prepare(groups_of(self.placement))
         self._model = plain
         self._steps = 0
         self._last_factors: int | None = None
@@ -276,6 +281,16 @@ class KFACPreconditioner:
     def damping(self) -> float:
         """λ at the coming step."""
         return self._damping.resolve(self._steps)
+
+    @property
+    def collectives(self) -> Collectives:
+        """How the other ranks are reached, and what was sent."""
+        return self._transport.collectives
+
+    @property
+    def device(self) -> torch.device:
+        """Where decompositions are held, and what travels is."""
+        return self._transport.like.device
 
     def _factors_are_due(self) -> bool:
         return _due(self._steps, self._last_factors, self._factor_interval)
@@ -591,10 +606,15 @@ class KFACPreconditioner:
     # --------------------------------------------------------------------------------------------------- the state
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that a run needs to go on to the bit: containers, numbers, copies of tensors."""
+        """Returns everything that a run needs to go on to the bit: containers, numbers, copies of tensors.
+
+        On several ranks it is this rank's own share, which fits the same rank under the same placement;
+        ``kaisa.kfac.checkpoint`` writes all shares, for any number of ranks.
+        """
         rule = self._damping.value
         return {
             "format": 1,
+            "share": self._share(),
             "steps": self._steps,
             "last_factors": self._last_factors,
             "last_inverses": self._last_inverses,
@@ -615,11 +635,10 @@ class KFACPreconditioner:
         """Goes on from a ``state_dict()``; the argument is copied and stays as it is.
 
         Raises:
-            StateError: the state is of another model or solver; every difference is said, and nothing has changed.
+            StateError: the state is of another model, solver or rank; every difference is said, and nothing has
+                changed.
         """
-        differences = self._differences(state)
-        if differences:
-            raise StateError("the state does not belong to this preconditioner:\n  " + "\n  ".join(differences))
+        self.check_state_dict(state)
         devices = {name: layer.weight.device for name, layer in self._layers.items()}
         self._steps = state["steps"]
         self._last_factors, self._last_inverses = state["last_factors"], state["last_inverses"]
@@ -634,6 +653,37 @@ class KFACPreconditioner:
             self._damping.value.value = state["damping"]
         self._capture.take()
         self._capture.active = self._factors_are_due()
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuses a state that ``load_state_dict`` would refuse.
+
+        Raises:
+            StateError: as there.
+        """
+        differences = self._differences(state)
+        if differences:
+            raise StateError("the state does not belong to this preconditioner:\n  " + "\n  ".join(differences))
+
+    def _share(self) -> dict[str, Any]:
+        """Returns which part of all states is held here: the rank of how many, and who works on what."""
+        assignments = {
+            name: [list(a.a_owners), list(a.g_owners), list(a.gradient_workers)]
+            for name, a in self.placement.assignments
+        }
+        transport = self._transport
+        return {"rank": transport.rank, "world_size": len(transport.world), "assignments": assignments}
+
+    def _share_differences(self, found: Mapping[str, Any]) -> list[str]:
+        own = self._share()
+        lines = [
+            f"{key}: {found[key]} in the state, {own[key]} here"
+            for key in ("rank", "world_size")
+            if found[key] != own[key]
+        ]
+        if not lines and found != own:
+            moved = [name for name in own["assignments"] if found["assignments"].get(name) != own["assignments"][name]]
+            lines = [f"placement: {', '.join(moved)} are worked on by other ranks"] if moved else []
+        return [f"{line} (kaisa.kfac.checkpoint goes from any world to any other)" for line in lines]
 
     def _differences(self, state: Mapping[str, Any]) -> list[str]:
         if state.get("format") != 1:
@@ -653,10 +703,10 @@ class KFACPreconditioner:
             lines.append(f"solver: {state['solver']} in the state, {self._solver!r} here")
         if state["scaling"] != self._scaling:
             lines.append(f"factor_scaling: {state['scaling']} in the state, {self._scaling} here")
-        return lines
+        return lines + self._share_differences(state["share"])
 
     _STATE_KEYS = (
-        "steps", "last_factors", "last_inverses", "queue", "ready", "solver", "scaling", "shapes", "factors",
+        "share", "steps", "last_factors", "last_inverses", "queue", "ready", "solver", "scaling", "shapes", "factors",
         "decompositions", "failures", "label_generator", "example_generator", "damping",
     )  # fmt: skip
 
@@ -691,6 +741,18 @@ def _reference_pair(layer: Layer, sums: Statistics) -> Pair:
         return layer.pair(sums)
     area = sums.area**2
     return Pair(sums.a / (sums.positions * area), sums.g / (sums.scale**2 * sums.positions * area))
+
+
+def _told(number: Scalar | None) -> str:
+    return "a function" if callable(number) else repr(None if number is None else float(number))
+
+
+def _digest(model: nn.Module) -> str:
+    """Returns what tells models with different parameters apart: shapes, types and sums in float64."""
+    parameters = dict(model.named_parameters())
+    kinds = [(name, tuple(parameter.shape), str(parameter.dtype)) for name, parameter in parameters.items()]
+    sums = [parameter.detach().double().sum() for parameter in parameters.values()]
+    return repr((kinds, torch.stack(sums).cpu().numpy().tobytes()))
 
 
 def _held_in(layer: Layer, dtype: torch.dtype) -> torch.dtype:
