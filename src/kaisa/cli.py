@@ -1,38 +1,49 @@
 """The command `kaisa`.
 
-    kaisa train     trains on images, with a first-order optimizer and with the same behind K-FAC
+    kaisa train                trains on images, with a first-order optimizer and with the same behind K-FAC
+    kaisa bench distributed    what each placement sends and holds, by formula
 
-Exit status: 0 done; 2 bad input, said in one line on standard error, with nothing written; 130
-interrupted, with what was done kept.
+Exit status: 0 done; 1 the exchange between ranks failed; 2 bad input, said in one line on standard error, with nothing
+written; 130 interrupted, with what was done kept.
+
+Of several ranks the first prints and writes. A refusal is said by one rank, and all leave.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
-from kaisa.errors import ConfigurationError, KaisaError
+from kaisa.errors import CollectiveError, ConfigurationError, KaisaError
+from kaisa.kfac.collectives import Alone, Collectives, join_world, launched_world, leave_world, start_processes
+from kaisa.kfac.placement import COMM_OPT, HYBRID_OPT, MEM_OPT
 from kaisa.recipes.comparison import (
     check_folder,
     check_same_data,
     compare,
     start_comparison,
 )
-from kaisa.recipes.data import read_data
+from kaisa.recipes.data import Data, read_data
+from kaisa.recipes.distributed import MODELS as PLACED_MODELS
+from kaisa.recipes.distributed import build_accounts, describe_account
 from kaisa.recipes.extras import load_extra
 from kaisa.recipes.options import Options
 from kaisa.recipes.progress import TerminalProgress
 from kaisa.recipes.record import FILE, Record
 from kaisa.recipes.report import build_table, conclude, draw_plot
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 RUNS = Path("runs")
@@ -43,6 +54,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="K-FAC for PyTorch: trains deep networks in less time with second-order information.",
 )
+bench = typer.Typer(help="Figures of the library.", no_args_is_help=False)
+app.add_typer(bench, name="bench")
+
+
+class RefusedElsewhere(KaisaError):
+    """Another rank has said why nothing starts."""
 
 
 def main() -> None:
@@ -53,9 +70,14 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     try:
-        return app(args=list(arguments), prog_name="kaisa", standalone_mode=False) or 0
+        return app(args=list(arguments), prog_name="kaisa", standalone_mode=False, obj=list(arguments)) or 0
     except UsageError as error:
         return _refuse(getattr(error, "format_message", error.__str__)())
+    except RefusedElsewhere:
+        return BAD_INPUT
+    except CollectiveError as error:
+        _refuse(str(error))
+        return FAILED
     except KaisaError as error:
         return _refuse(str(error))
     except typer.Abort:
@@ -143,6 +165,13 @@ def train(
     ] = None,
     threads: Annotated[int | None, _option("Processor threads [1; images: PyTorch's choice]", panel=MACHINE)] = None,
     device: Annotated[str | None, _option("cpu or cuda [cpu]", panel=MACHINE)] = None,
+    nproc: Annotated[int | None, _option("Processes that share each batch [1, or torchrun's]", panel=MACHINE)] = None,
+    grad_worker_fraction: Annotated[
+        str | None,
+        _option(
+            "Share of processes that hold a layer's decompositions: comm, hybrid, mem or a number [comm]", panel=KFAC
+        ),
+    ] = None,
 ) -> int:
     """Train with a first-order optimizer and with the same optimizer behind K-FAC.
 
@@ -153,47 +182,149 @@ def train(
     if resume is not None:
         return _resume(resume, [name for name in given if name != "resume"])
     given.pop("output", None)
-    return _start(Options.complete(given), output)
+    if grad_worker_fraction is not None:
+        given["grad_worker_fraction"] = _fraction(grad_worker_fraction)
+    given["nproc"] = _count_ranks(nproc)
+    return _start(Options.complete(given), output, context.obj)
 
 
-def _start(options: Options, output: Path | None) -> int:
+def _fraction(text: str) -> str | float:
+    if text in (COMM_OPT, HYBRID_OPT, MEM_OPT):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigurationError(
+            f"grad-worker-fraction is {text!r}; give comm, hybrid, mem or a number from 0 to 1"
+        ) from None
+
+
+def _count_ranks(nproc: int | None) -> int:
+    """Return how many processes take part: those that torchrun has started, or those that are asked for."""
+    launched = launched_world()
+    if launched is None:
+        return 1 if nproc is None else nproc
+    if nproc not in (None, launched[1]):
+        raise ConfigurationError(
+            f"nproc is {nproc}, but torchrun has started {launched[1]} processes; leave out --nproc"
+        )
+    return launched[1]
+
+
+def _start(options: Options, output: Path | None, arguments: Sequence[str]) -> int:
     folder = output or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{options.title}"
-    check_folder(folder)
-    return _train(options, folder, None)
+    if launched_world() is None:
+        check_folder(folder)
+        if options.nproc > 1:
+            return start_processes(options.nproc, arguments)
+    return _train(options, folder, resumed=False)
 
 
 def _resume(folder: Path, given: Sequence[str]) -> int:
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigurationError(f"--resume takes the options of the run; leave out {names}")
-    record = Record.read(folder)
-    return _train(record.options, folder, record)
+    options = Record.read(folder).options
+    launched = launched_world()
+    if launched is None and options.nproc > 1:
+        return start_processes(options.nproc, ["train", "--resume", str(folder)])
+    if launched is not None and launched[1] != options.nproc:
+        raise ConfigurationError(
+            f"the run in {folder} has {options.nproc} processes, but torchrun has started {launched[1]}"
+        )
+    return _train(options, folder, resumed=True)
 
 
-def _train(options: Options, folder: Path, record: Record | None) -> int:
-    """Begin a comparison, or go on with the one of a record, and report."""
+def _train(options: Options, folder: Path, *, resumed: bool) -> int:
+    """Train as one of the ranks; only the first is heard."""
     load_extra("matplotlib", "the plot")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console = Console()
+    record: Record | None = None
+    is_first = (launched_world() or (0, 1))[0] == 0
+    console = Console(quiet=not is_first)
     try:
-        with TerminalProgress(console) as progress:
-            data = read_data(options, progress.read)
-            if record is None:
-                record = start_comparison(options, data, folder)
-            check_same_data(record, data)
+        with _interruptible(), _together(options) as ranks, TerminalProgress(console) as progress:
+            data, record = _agreed(ranks, lambda: _prepare(options, folder, progress, resumed, is_first))
             progress.announce(data.source, folder)
-            compare(record, data, folder, progress)
+            compare(record, data, folder, progress, ranks)
     except KeyboardInterrupt:
-        return _keep(folder, record)
-    _report(record, folder, console)
+        return _keep(folder, is_first and (folder / FILE).exists(), is_first)
+    if is_first:
+        _report(record, folder, console)
     return 0
 
 
-def _keep(folder: Path, record: Record | None) -> int:
+def _prepare(
+    options: Options, folder: Path, progress: TerminalProgress, resumed: bool, is_first: bool
+) -> tuple[Data, Record]:
+    """Read the data and begin a comparison, or go on with the one of a folder."""
+    data = read_data(options, progress.read)
+    if resumed:
+        record = Record.read(folder)
+        check_same_data(record, data)
+        return data, record
+    return data, start_comparison(options, data, folder) if is_first else Record(options, data.describe())
+
+
+@contextmanager
+def _together(options: Options) -> Iterator[Collectives]:
+    """Join the other ranks for a while; alone where there are none."""
+    try:
+        yield join_world(torch.device(options.device)) if options.nproc > 1 else Alone()
+    finally:
+        leave_world()
+
+
+def _agreed(ranks: Collectives, prepare: Callable[[], tuple[Data, Record]]) -> tuple[Data, Record]:
+    """Prepare on every rank; if one refuses all do, and the first of those that do says why."""
+    refusal: KaisaError | None = None
+    prepared = None
+    try:
+        prepared = prepare()
+    except KaisaError as error:
+        refusal = error
+    own = torch.zeros(ranks.world_size)
+    own[ranks.rank] = refusal is not None
+    device = torch.device("cuda" if torch.cuda.is_available() and ranks.world_size > 1 else "cpu")
+    refusing = ranks.total("refusals", tuple(range(ranks.world_size)), own.to(device)).nonzero().flatten().tolist()
+    if refusal is not None and ranks.rank == refusing[0]:
+        raise refusal
+    if refusing or prepared is None:
+        raise RefusedElsewhere
+    return prepared
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make one interruption of however many signals: torchrun repeats to its ranks what the terminal told them too.
+
+    What fails afterwards, because another rank has left, is part of the interruption.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except (KaisaError, RuntimeError) as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _keep(folder: Path, is_begun: bool, is_first: bool) -> int:
     """Say what an interruption left."""
-    how = "nothing was written" if record is None else f"go on with: kaisa train --resume {folder}"
-    print(f"kaisa: interrupted; {how}", file=sys.stderr)
+    how = f"go on with: kaisa train --resume {folder}" if is_begun else "nothing was written"
+    if is_first:
+        print(f"kaisa: interrupted; {how}", file=sys.stderr)
     return INTERRUPTED
 
 
@@ -202,3 +333,21 @@ def _report(record: Record, folder: Path, console: Console) -> None:
     console.print(build_table(record))
     console.print(conclude(record), highlight=False, soft_wrap=True)
     console.print(f"plot and record: {plot}, {folder / FILE}", highlight=False, soft_wrap=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Figures of the library."""
+
+
+@bench.command()
+def distributed(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(PLACED_MODELS)}.")] = "resnet20",
+    world_size: Annotated[int, typer.Option(help="How many ranks.")] = 8,
+    solver: Annotated[str, typer.Option(help="Eigen, cholesky, ekfac or sqrt_ekfac.")] = "eigen",
+) -> int:
+    """Show what every placement of a model sends, and holds, by formula: no process is started."""
+    console = Console(highlight=False)
+    for account in build_accounts(model, world_size, solver):
+        describe_account(account, console)
+    return 0

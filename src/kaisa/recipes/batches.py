@@ -1,7 +1,8 @@
 """In which order images come and how they are varied: a pure function of seed and epoch.
 
 Two contestants with one seed see the same batches bit for bit, and a resumed run sees what the
-uninterrupted one would have seen, without a generator state to keep.
+uninterrupted one would have seen, without a generator state to keep. Of several ranks each takes its part of every
+batch, so that together they see what one process sees.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class Batches:
     Attributes:
         images: what is learned from.
         normalize: from bytes to the model's input.
-        size: images in a batch.
+        size: images in a batch, of all ranks together.
         augment: whether images are shifted and mirrored at random.
         seed: of order and augmentation.
         device: where the batches are used.
+        rank, ranks: which of how many equal parts of each batch is yielded; ``ranks`` divides the size.
     """
 
     images: Images
@@ -67,6 +69,8 @@ class Batches:
     augment: bool
     seed: int
     device: torch.device = CPU
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         return len(self.images) // self.size
@@ -79,8 +83,13 @@ class Batches:
             pixels = self.images.pixels[rows]
             if self.augment:
                 pixels = mirror(shift(pixels, generator), generator)
-            inputs = self.normalize(pixels).to(self.device)
-            yield inputs, self.images.labels[rows].to(self.device)
+            inputs = self.normalize(self._part(pixels)).to(self.device)
+            yield inputs, self.images.labels[self._part(rows)].to(self.device)
+
+    def _part(self, batch: Tensor) -> Tensor:
+        """Return this rank's part; order and augmentation were drawn for the whole, so that no rank count shows."""
+        size = self.size // self.ranks
+        return batch[self.rank * size : (self.rank + 1) * size]
 
 
 def shift(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,8 +2,8 @@
 
     for each seed, for each contestant: warm up ─► epoch ─► checkpoint ─► record ─► epoch ─► …
 
-After an interruption at any point the folder holds a record of what was done and the checkpoint of
-the last whole epoch; `compare` goes on from there.
+Of several ranks all train and the first writes. After an interruption at any point the folder holds a record of what
+was done and the checkpoint of the last whole epoch; `compare` goes on from there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from kaisa.errors import ConfigurationError, StateError
+from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.recipes.batches import Batches, Normalizer
 from kaisa.recipes.contestants import Contestant
 from kaisa.recipes.data import Data
@@ -73,20 +74,23 @@ def check_same_data(record: Record, data: Data) -> None:
         raise StateError("the images are not those that the run began with; start a new run")
 
 
-def compare(record: Record, data: Data, folder: Path, watcher: Watcher) -> None:
-    """Run what the record does not have yet."""
+def compare(record: Record, data: Data, folder: Path, watcher: Watcher, ranks: Collectives | None = None) -> None:
+    """Run what the record does not have yet; ``ranks`` reaches the other processes that do the same."""
+    ranks = ranks or Alone()
     normalize = Normalizer.fit(data.train)
     for seed in record.options.seeds:
-        batches = _make_batches(record.options, data, normalize, seed)
+        batches = _make_batches(record.options, data, normalize, seed, ranks)
         for contestant in record.options.build_contestants():
             if not record.is_finished(contestant.name, seed):
-                _run(contestant, batches, data, record, folder, watcher)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+                _run(contestant, batches, data, record, folder, watcher, ranks)
+    if ranks.rank == 0:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def _make_batches(options: Options, data: Data, normalize: Normalizer, seed: int) -> Batches:
+def _make_batches(options: Options, data: Data, normalize: Normalizer, seed: int, ranks: Collectives) -> Batches:
     device = torch.device(options.device)
-    return Batches(data.train, normalize, options.batch_size, options.augment, seed, device)
+    part = ranks.rank, ranks.world_size
+    return Batches(data.train, normalize, options.batch_size, options.augment, seed, device, *part)
 
 
 def _run(
@@ -96,9 +100,10 @@ def _run(
     record: Record,
     folder: Path,
     watcher: Watcher,
+    ranks: Collectives,
 ) -> None:
     build = partial(build_model, record.options.model, data.train.shape, len(data.train.classes))
-    start = partial(Training.start, contestant, batches, data.test, record.options.epochs, build)
+    start = partial(Training.start, contestant, batches, data.test, record.options.epochs, build, ranks)
     warm_up(start())
     reset_peak_memory(batches.device)
     with closing(start()) as training:
@@ -120,12 +125,14 @@ def _is_under_way(record: Record, contestant: Contestant, seed: int) -> bool:
 def _keep(training: Training, record: Record, folder: Path) -> None:
     """Write the checkpoint first, so that the record never claims more than can be resumed."""
     save(training, folder / CHECKPOINT)
+    record.put(_describe(training))
+    if training.ranks.rank != 0:
+        return
     if training.is_finished:
         name = f"{training.contestant.slug}-seed{training.batches.seed}.safetensors"
         weights = {key: value.contiguous() for key, value in training.model.state_dict().items()}
         with written_whole(folder / name) as path:
             save_file(weights, path)
-    record.put(_describe(training))
     record.write(folder)
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 import kaisa
 from kaisa.errors import ConfigurationError
+from kaisa.kfac.collectives import Collectives
+from kaisa.kfac.placement import COMM_OPT
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Schedule
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -33,6 +35,7 @@ class Preconditioning:
     factor_decay: float = 0.95
     kl_clip: float = 0.001
     solver: str = "eigen"
+    grad_worker_fraction: str | float = COMM_OPT
 
     def __post_init__(self) -> None:
         Schedule("damping", self.damping, POSITIVE)
@@ -94,9 +97,9 @@ class Contestant:
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def build_preconditioner(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, ranks: Collectives | None = None
     ) -> kaisa.KFACPreconditioner | None:
-        """Make the preconditioner, or None for a first-order contestant."""
+        """Make the preconditioner, or None for a first-order contestant; ``ranks`` reaches the other processes."""
         options = self.preconditioning
         if options is None:
             return None
@@ -110,6 +113,8 @@ class Contestant:
             kl_clip=options.kl_clip or None,
             solver=options.solver,
             seed=seed,
+            grad_worker_fraction=options.grad_worker_fraction,
+            collectives=ranks,
         )
 
 

@@ -5,10 +5,14 @@
 
 Seconds are those of training alone: forward, backward, preconditioning, update and the preparation
 of batches, without evaluation, checkpoints or reports.
+
+Several ranks train one model: each on its part of a batch, with gradients averaged by DistributedDataParallel. The
+first evaluates and writes; the file holds the K-FAC state of every rank.
 """
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 import kaisa
 from kaisa.errors import StateError
+from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.recipes.batches import Batches
 from kaisa.recipes.contestants import Contestant, learning_rate_share
 from kaisa.recipes.files import written_whole
@@ -57,7 +63,12 @@ class Epoch:
 
 @dataclass
 class Training:
-    """A contestant on its way: everything that the next epoch depends on."""
+    """A contestant on its way: everything that the next epoch depends on.
+
+    Attributes:
+        parallel: the model itself, or around it what averages gradients over ranks.
+        ranks: how to reach the other processes.
+    """
 
     contestant: Contestant
     batches: Batches
@@ -66,6 +77,8 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     kfac: kaisa.KFACPreconditioner | None
+    parallel: nn.Module
+    ranks: Collectives = field(default_factory=Alone)
     history: list[Epoch] = field(default_factory=list)
 
     @classmethod
@@ -76,13 +89,16 @@ class Training:
         test: Images,
         epochs: int,
         build: Callable[[], nn.Module],
+        ranks: Collectives | None = None,
     ) -> Training:
         """Begin with weights of the batches' seed, the same for all contestants."""
         torch.manual_seed(batches.seed)
         model = build().to(batches.device)
         optimizer = contestant.build_optimizer(model)
-        kfac = contestant.build_preconditioner(model, optimizer, batches.seed)
-        return cls(contestant, batches, test, epochs, model, optimizer, kfac)
+        ranks = ranks or Alone()
+        parallel = model if ranks.world_size == 1 else DistributedDataParallel(model)
+        kfac = contestant.build_preconditioner(parallel, optimizer, batches.seed, ranks)
+        return cls(contestant, batches, test, epochs, model, optimizer, kfac, parallel, ranks)
 
     @property
     def is_finished(self) -> bool:
@@ -99,10 +115,27 @@ class Training:
         start = time.perf_counter()
         loss, accuracy = self._train(watch)
         seconds = self.seconds + time.perf_counter() - start
-        test_loss, test_accuracy = evaluate(self.model, self.batches, self.test)
+        test_loss, test_accuracy = self._evaluate()
         number = len(self.history) + 1
         self.history.append(Epoch(number, loss, accuracy, test_loss, test_accuracy, seconds))
         return self.history[-1]
+
+    def _evaluate(self) -> tuple[float, float]:
+        """Evaluate on the first rank, whose running statistics are those that are kept, and tell the others."""
+        figures = evaluate(self.model, self.batches, self.test) if self.ranks.rank == 0 else (0.0, 0.0)
+        loss, accuracy = self._total(*figures)
+        return loss, accuracy
+
+    def _total(self, *figures: float) -> tuple[float, ...]:
+        """Return sums over ranks."""
+        if self.ranks.world_size == 1:
+            return figures
+        own = torch.tensor(figures, dtype=torch.float64, device=self.batches.device)
+        return tuple(self.ranks.total("figures", self._everybody, own).tolist())
+
+    @property
+    def _everybody(self) -> tuple[int, ...]:
+        return tuple(range(self.ranks.world_size))
 
     def _train(self, watch: StepWatcher | None) -> tuple[float, float]:
         """Take the steps of one epoch; return the mean loss and accuracy."""
@@ -118,12 +151,13 @@ class Training:
             correct += (outputs.argmax(1) == labels).float().mean()
             if watch is not None:
                 watch(loss_sum.item() / (index + 1), correct.item() / (index + 1))
-        return loss_sum.item() / steps, correct.item() / steps
+        loss_total, correct_total = self._total(loss_sum.item(), correct.item())
+        return loss_total / (steps * self.ranks.world_size), correct_total / (steps * self.ranks.world_size)
 
     def step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step; return the loss and the outputs before it."""
         self.optimizer.zero_grad()
-        outputs = self.model(inputs)
+        outputs = self.parallel(inputs)
         loss = functional.cross_entropy(outputs, labels)
         loss.backward()
         if self.kfac is not None:
@@ -136,13 +170,13 @@ class Training:
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors, numbers and text, all that `load_state_dict` needs."""
+        """Return tensors, numbers and text, all that `load_state_dict` needs; complete on the first rank."""
         return {
             "contestant": self.contestant.slug,
             "seed": self.batches.seed,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "kfac": self.kfac.state_dict() if self.kfac is not None else None,
+            "kfac": self._gather_kfac_states(),
             "random": torch.get_rng_state(),
             "history": [asdict(epoch) for epoch in self.history],
         }
@@ -157,12 +191,33 @@ class Training:
         expected = self.contestant.slug, self.batches.seed
         if found != expected:
             raise StateError(f"the checkpoint is of {found}, expected {expected}")
+        if self.kfac is not None and len(state["kfac"]) != self.ranks.world_size:
+            raise StateError(
+                f"the checkpoint is of {len(state['kfac'])} ranks, but there are {self.ranks.world_size}; "
+                "start as many as the run began with"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.kfac is not None:
-            self.kfac.load_state_dict(state["kfac"])
+            self.kfac.load_state_dict(state["kfac"][self.ranks.rank])
         torch.set_rng_state(state["random"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
+
+    def _gather_kfac_states(self) -> list[dict[str, Any]]:
+        """Return what each rank's preconditioner holds, on the first rank; nothing of a first-order contestant."""
+        if self.kfac is None:
+            return []
+        if self.ranks.world_size == 1:
+            return [self.kfac.state_dict()]
+        own = _to_bytes(self.kfac.state_dict()).to(self.batches.device)
+        size = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=self.batches.device)
+        size[self.ranks.rank] = own.numel()
+        sizes = self.ranks.total("checkpoint", self._everybody, size).tolist()
+        chunks = [own, *[own[:0]] * (self.ranks.world_size - 1)]
+        if self.ranks.rank != 0:
+            self.ranks.exchange("checkpoint", self._everybody, chunks, [0] * len(sizes))()
+            return []
+        return [_from_bytes(part) for part in self.ranks.exchange("checkpoint", self._everybody, chunks, sizes)()]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -197,11 +252,24 @@ def warm_up(training: Training) -> None:
 
 
 def save(training: Training, path: Path) -> None:
-    """Write the state of a training; an interruption leaves the old file or the new one."""
-    with written_whole(path) as partial:
-        torch.save(training.state_dict(), partial)
+    """Write the state of a training on its first rank; an interruption leaves the old file or the new one."""
+    state = training.state_dict()
+    if training.ranks.rank == 0:
+        with written_whole(path) as partial:
+            torch.save(state, partial)
 
 
 def load(training: Training, path: Path) -> None:
     """Go on from a file that `save` wrote; nothing in it is executed."""
     training.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def _to_bytes(state: dict[str, Any]) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _from_bytes(value: Tensor) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(value.cpu().numpy().tobytes()), weights_only=True, map_location="cpu")
+    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -72,6 +73,34 @@ def initialize_(model: nn.Module) -> nn.Module:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
+
+
+class EncoderBlock(nn.Module):
+    """The linear layers of a block of BERT (Devlin et al. 2019), without heads and normalisation.
+
+    The four projections of attention follow one another; what matters here is how large they are.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output; the input is added to both halves."""
+        y = x
+        for projection in self.attention:
+            y = torch.tanh(projection(y))
+        x = x + y
+        wide: Tensor = functional.gelu(self.widen(x))
+        narrowed: Tensor = self.narrow(wide)
+        return x + narrowed
+
+
+def encoder(blocks: int, width: int) -> nn.Module:
+    """Build a stack of linear layers of the shapes of BERT: 12 blocks of 768 for base, 24 of 1024 for large."""
+    return nn.Sequential(*(EncoderBlock(width) for _ in range(blocks)))
 
 
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {

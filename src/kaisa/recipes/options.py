@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kaisa.errors import ConfigurationError
+from kaisa.kfac.placement import gradient_workers
 from kaisa.recipes.contestants import Contestant, Preconditioning
 from kaisa.recipes.models import check_model
 from kaisa.schedules import FRACTION, STEPS, Range, Schedule
@@ -67,6 +68,7 @@ class Options:
         target: the test accuracy that is raced for; None for the best that all contestants reach.
         threads: of the processor; None for as many as PyTorch takes.
         device: "cpu" or "cuda".
+        nproc: processes that share each batch.
 
     Raises:
         ConfigurationError: an option cannot work.
@@ -90,10 +92,11 @@ class Options:
     target: float | None = None
     threads: int | None = None
     device: str = "cpu"
+    nproc: int = 1
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        for name in ("epochs", "batch_size", "repeats", "threads", "image_size"):
+        for name in ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc"):
             self._check(name, STEPS)
         self._check("seed", SEED)
         self._check("target", FRACTION)
@@ -101,7 +104,19 @@ class Options:
         self._check_choice("device", DEVICES)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("device is cuda, but PyTorch finds none; give --device cpu")
+        self._check_sharing()
+        gradient_workers(self.preconditioning.grad_worker_fraction, self.nproc)
         self.build_contestants()
+
+    def _check_sharing(self) -> None:
+        """Equal parts of a batch make the mean over ranks the mean over the batch."""
+        over = self.batch_size % self.nproc
+        if over:
+            sizes = [size for size in (self.batch_size - over, self.batch_size - over + self.nproc) if size]
+            raise ConfigurationError(
+                f"nproc is {self.nproc}, which does not divide a batch of {self.batch_size} images; "
+                f"give --batch-size {' or '.join(map(str, sizes))}"
+            )
 
     def _check(self, name: str, allowed: Range) -> None:
         value = getattr(self, name)
