@@ -483,17 +483,24 @@ def _batch_norm_gradients(
 
     With mean and deviation of the whole batch, Σ x̂ δ = (Σ x δ − mean Σ δ) / deviation.
     """
-    positions, every = list(range(2, x.ndim)), [dim for dim in range(x.ndim) if dim != 1]
     if module.training or module.running_mean is None or module.running_var is None:
-        mean = x.mean(every)
-        squares = torch.linalg.vector_norm(x, dim=every).square() * (mean.numel() / x.numel())
-        variance = (squares - mean.square()).clamp(min=0)
+        count = x.numel() / x.shape[1]
+        mean = _over_positions(x).sum(0) / count
+        variance = (_squares_over_positions(x).sum(0) / count - mean.square()).clamp(min=0)
     else:
         mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
-    shift, products = delta, x[examples] * delta
-    if positions:
-        shift, products = delta.sum(positions), products.sum(positions)
+    shift, products = _over_positions(delta), _over_positions(x[examples] * delta)
     return (products - mean * shift) / (variance + module.eps).sqrt(), shift
+
+
+def _over_positions(x: Tensor) -> Tensor:
+    return x.sum(list(range(2, x.ndim))) if x.ndim > 2 else x
+
+
+def _squares_over_positions(x: Tensor) -> Tensor:
+    if x.ndim > 2 and x.is_contiguous():  # one pass without a copy, which other layouts do not have
+        return torch.linalg.vector_norm(x, dim=list(range(2, x.ndim))).square()
+    return _over_positions(x.square())
 
 
 def _batch_norm(module: nn.Module, x: Tensor) -> Tensor:
