@@ -130,9 +130,7 @@ def train(
     contestants: Annotated[str | None, _option("both, first-order or kfac [both]", panel=MODEL)] = None,
     optimizer: Annotated[str | None, _option("sgd or adamw [sgd]", panel=MODEL)] = None,
     lr: Annotated[float | None, _option("Highest learning rate, of both unless --kfac-lr [0.1]", panel=MODEL)] = None,
-    kfac_lr: Annotated[
-        float | None, _option("Highest learning rate behind K-FAC [0.03; images: as --lr]", panel=MODEL)
-    ] = None,
+    kfac_lr: Annotated[float | None, _option("Highest learning rate behind K-FAC [as --lr]", panel=MODEL)] = None,
     weight_decay: Annotated[float | None, _option("Of both [5e-4]", panel=MODEL)] = None,
     epochs: Annotated[int | None, _option("Of each run [30; images: 20]", panel=MODEL)] = None,
     batch_size: Annotated[int | None, _option("Images in a batch [128]", panel=MODEL)] = None,

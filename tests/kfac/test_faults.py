@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import kaisa
 from kaisa.errors import ConfigurationError, DecompositionError
+from kaisa.kfac import Eigen
 from tests.support.kron import tikhonov_solve
 from tests.support.settings import DAMPING, EVERY_STEP
 
@@ -252,7 +253,8 @@ def test_a_failed_decomposition_is_tried_again_with_jitter_and_in_double(
         return real(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", only_double)
-    options = {**EVERY_STEP, "factor_dtype": torch.float32, "inv_dtype": torch.float32}
+    solver = Eigen(precision=torch.float32)
+    options = {**EVERY_STEP, "factor_dtype": torch.float32, "inv_dtype": torch.float32, "solver": solver}
     kfac = kaisa.KFACPreconditioner(model, **options)
     one_step(model, kfac)
     assert all_finite(gradients_of(model))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import kaisa
 from kaisa.kfac import EKFAC, Eigen, WarmStart, linalg
+from kaisa.kfac.capture import Capture
 
 
 @pytest.fixture
@@ -173,3 +174,28 @@ def test_the_clip_reads_the_learning_rate_of_each_parameter_group(model: nn.Sequ
     # the clip scales with 1/lr when one rate holds for all; a rate of zero takes a group out of the bound
     assert clipped((0.2, 0.2)) == pytest.approx(clipped((0.1, 0.1)) / 2)
     assert clipped((0.1, 0.0)) > clipped((0.1, 0.1))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_mean_over_all_draws_of_examples_is_the_factor_of_the_whole_batch(
+    sharing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.GroupNorm(2, 4),
+        nn.Flatten(), nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    x, y = 3 + torch.randn(10, 2, 5, 5).double(), torch.randint(0, 3, (10,))
+
+    def factors(fraction: float) -> list[Tensor]:
+        with kaisa.KFACPreconditioner(net, kl_clip=None, sharing=sharing, factor_examples=fraction) as kfac:
+            nn.functional.cross_entropy(net(x), y).backward()
+            kfac.step()
+            return [factor for pair in kfac.factors.values() for factor in pair]
+
+    whole, draws = factors(1.0), []
+    for block in range(4):
+        monkeypatch.setattr(Capture, "_block", lambda self, blocks, block=block: block)
+        draws.append(factors(0.25))
+    for expected, *parts in zip(whole, *draws, strict=True):
+        torch.testing.assert_close(sum(parts) / 4, expected)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kaisa
-from kaisa.errors import ConfigurationError
+from kaisa.cli import _agreed
+from kaisa.errors import ConfigurationError, DataError, KaisaError
 from kaisa.kfac import solvers
 from kaisa.kfac.account import Account, Sent, Sizes, account, count_messages
-from kaisa.kfac.collectives import Collectives
+from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.kfac.placement import FactorShape, LayerShape, place
 from kaisa.kfac.transport import Payload
 from kaisa.recipes.batches import Batches
@@ -169,3 +175,35 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one(batches: Batches) -> None
     whole = list(batches.epoch(1))
     assert all(map(torch.equal, joined(lambda batch: batch[0]), [inputs for inputs, _ in whole]))
     assert all(map(torch.equal, joined(lambda batch: batch[1]), [labels for _, labels in whole]))
+
+
+def test_two_processes_resume_to_the_bit_and_send_and_hold_what_is_told(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.support.two_ranks", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(results) == ["0.5", "1.0"]
+    for resumed, measured, told in results.values():
+        assert resumed
+        assert measured == told
+        assert measured[0]
+
+
+def test_a_refusal_of_one_rank_is_said_once_and_ends_all() -> None:
+    def prepare(ranks: Collectives) -> str:
+        if ranks.rank > 0:
+            raise DataError("no such folder")
+        return "prepared"
+
+    def outcome(ranks: Collectives) -> str:
+        with pytest.raises(KaisaError) as caught:
+            _agreed(ranks, lambda: prepare(ranks))
+        return type(caught.value).__name__
+
+    assert run(3, outcome) == ["RefusedElsewhere", "DataError", "RefusedElsewhere"]
+    assert _agreed(Alone(), lambda: prepare(Alone())) == "prepared"

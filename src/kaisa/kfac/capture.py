@@ -155,12 +155,14 @@ class Capture:
     ) -> None:
         if not output.requires_grad:
             return
-        saved = _Saved.apply(x.detach(), self._anchor(output.device))  # type: ignore[no-untyped-call]
+        held = [_Saved.apply(x.detach(), self._anchor(output.device))]  # type: ignore[no-untyped-call]
         batch_size = self.batch_size
 
         def hook(gradient: Tensor) -> None:
             if self._sampling == self._expects_sampled:
-                (inputs,) = saved.grad_fn.saved_tensors
+                (inputs,) = held[0].grad_fn.saved_tensors
+                if not _graph_is_kept():
+                    held.clear()  # what autograd frees as it goes, the hook must not keep until the end
                 with torch.no_grad(), _exactly(gradient.device), self._timed():
                     self._accumulate(
                         layer,
@@ -184,20 +186,21 @@ class Capture:
         if x.numel() == 0:
             return
         terms = self.terms() or batch_size or (x.shape[0] if x.ndim > 1 else 1)
-        whole = x.shape[0]
-        x, gradient, blocks = self._drawn(x, gradient)
+        examples, blocks = self._drawn(x)
         dtype = layer.summed_in(self.dtype)
+        x, delta = x.to(dtype) if x.is_floating_point() else x, gradient.to(dtype)
         scale = 1.0 if self._sampling else (terms if self.reduction == "mean" else 1.0)
-        delta = gradient.to(dtype) * (scale if self._sampling else scale * self.loss_scale(gradient.device))
-        if x.is_floating_point():
-            x = x.to(dtype)
+        unscaled = scale if self._sampling else scale * self.loss_scale(gradient.device)
         if self.examples_observer is not None:
-            self.examples_observer(layer, x, delta)
-        statistics = layer.statistics(module, x, delta)
+            self.examples_observer(layer, x, delta * unscaled)
+        statistics = layer.statistics_of_some(module, x, delta, examples)
+        # The sums are scaled, not δ, which is as large as an activation.
+        for side in layer.quadratic_in_delta(module):
+            setattr(statistics, side, getattr(statistics, side).mul_(unscaled * unscaled))
         if blocks != 1:
             statistics.a *= blocks
             statistics.g *= blocks
-            statistics.positions *= whole / x.shape[0]
+            statistics.positions *= x.shape[0] / (examples.stop - examples.start)
         if not self._with_inputs:
             statistics.a.zero_()
             statistics.positions = 0.0
@@ -218,14 +221,13 @@ class Capture:
         self._last_backward[layer.name] = backward
         return float(terms) if is_new else 0.0
 
-    def _drawn(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _drawn(self, x: Tensor) -> tuple[slice, int]:
         """Returns one of several equally likely blocks of consecutive examples, and how many there are."""
         blocks = round(1 / self.fraction)
         if blocks == 1 or x.ndim < 2 or x.shape[0] < blocks:
-            return x, gradient, 1
-        bounds = [x.shape[0] * index // blocks for index in range(blocks + 1)]
+            return slice(None), 1
         index = self._block(blocks)
-        return x[bounds[index] : bounds[index + 1]], gradient[bounds[index] : bounds[index + 1]], blocks
+        return slice(x.shape[0] * index // blocks, x.shape[0] * (index + 1) // blocks), blocks
 
     def _block(self, blocks: int) -> int:
         return int(torch.randint(blocks, (), generator=self.generator))
@@ -264,6 +266,12 @@ def _exactly(device: torch.device) -> Iterator[None]:
         finally:
             if device.type == "cuda":
                 torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _graph_is_kept() -> bool:
+    """Says whether the running backward pass may be followed by another through the same graph."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 class _Saved(torch.autograd.Function):

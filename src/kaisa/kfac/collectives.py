@@ -181,6 +181,8 @@ def absent_ranks_named() -> Iterator[None]:
     Raises:
         CollectiveError: in its place.
     """
+    if world()[1] > 1:
+        _heartbeat()
     try:
         yield
     except CollectiveError:
@@ -196,7 +198,10 @@ _OF_A_BACKEND = re.compile("gloo|nccl|connection|timed out|peer", re.IGNORECASE)
 
 def _named(error: BaseException, what: str) -> CollectiveError:
     reason = str(error).split("\n", 1)[0]
-    return CollectiveError(f"{what}: {reason}; {_heartbeat().roll_call()}")
+    heartbeat = _heartbeat()
+    found = heartbeat.roll_call()
+    heartbeat.place += ", where it lost another rank"
+    return CollectiveError(f"{what}: {reason}; {found}")
 
 
 def _heartbeat() -> Heartbeat:
@@ -330,7 +335,9 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank says itself why it failed
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a rank says itself why it failed
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -679,13 +679,12 @@ def _bordered(factor: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _patch_sums(x: Tensor, geometry: Geometry) -> Tensor:
-    """Return the sum over output positions of a, as (batch, channels, *taps).
+    """Return the sum over output positions of a, as (batch, channels, taps).
 
-    It is x contracted, dimension by dimension, with how often each tap reads each element.
+    It is x times how often each tap reads each element, a product over dimensions.
     """
-    for dim in range(geometry.dimensions):
-        x = torch.tensordot(x, _reads(x, geometry, dim), dims=([2], [0]))
-    return x
+    reads = [_reads(x, geometry, dim) for dim in range(geometry.dimensions)]
+    return x.flatten(2) @ functools.reduce(torch.kron, reads)
 
 
 def _reads(x: Tensor, geometry: Geometry, dim: int) -> Tensor:
@@ -700,5 +699,5 @@ def _reads(x: Tensor, geometry: Geometry, dim: int) -> Tensor:
         groups=1,
         output_padding=geometry.output_padding[here],
     )
-    lines = torch.eye(x.shape[2], dtype=x.dtype, device=x.device).unsqueeze(1)
+    lines = torch.eye(x.shape[2 + dim], dtype=x.dtype, device=x.device).unsqueeze(1)
     return patches(lines, along)[:, 0].sum(1)

@@ -60,7 +60,7 @@ def moment(rows: Tensor, *, ones: bool = False, diagonal: bool = False) -> Tenso
     if diagonal:
         squares = rows.square().sum(-2)
         return F.pad(squares, (0, 1), value=count) if ones else squares
-    products = rows.mT @ rows
+    products = _gram(rows)
     if not ones:
         return products
     sums = rows.sum(-2)
@@ -68,6 +68,22 @@ def moment(rows: Tensor, *, ones: bool = False, diagonal: bool = False) -> Tenso
     bordered[..., -1, :-1] = sums
     bordered[..., :-1, -1] = sums
     return bordered
+
+
+_BLOCK = 128
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Returns rowsᵀ rows; wide ones on a CPU by blocks of the upper triangle, which is nearly half of the work."""
+    size = rows.shape[-1]
+    if rows.device.type != "cpu" or rows.ndim != 2 or size < 2 * _BLOCK:
+        return rows.mT @ rows
+    products = rows.new_empty(size, size)
+    for first in range(0, size, _BLOCK):
+        block = slice(first, first + _BLOCK)
+        torch.mm(rows[:, block].T, rows[:, first:], out=products[block, first:])
+        products[first + _BLOCK :, block] = products[block, first + _BLOCK :].T
+    return products
 
 
 class Layer(ABC):
@@ -119,8 +135,16 @@ class Layer(ABC):
         Args:
             module: which of ``modules`` was called.
             x: the input of the call, batch first.
-            delta: the gradient of the summed loss at its output, batch first.
+            delta: the gradient at its output, batch first, up to a scale that the caller puts into the sums.
         """
+
+    def statistics_of_some(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> Statistics:
+        """Returns the sums over some of the examples of a call."""
+        return self.statistics(module, x[examples], delta[examples])
+
+    def quadratic_in_delta(self, module: nn.Module) -> tuple[str, ...]:
+        """Names the sums that grow with the square of ``delta``: "a", "g" or both."""
+        return ("g",)
 
     def pair(self, statistics: Statistics) -> Pair:
         """Returns the factors of one batch."""
@@ -400,6 +424,9 @@ class TiedEmbedding(Layer):
         tokens = _stacked(moment(deltas, diagonal=True), 1)
         return Statistics(tokens, _stacked(moment(rows), 1), positions=rows.shape[0])
 
+    def quadratic_in_delta(self, module: nn.Module) -> tuple[str, ...]:
+        return ("g",) if isinstance(module, nn.Embedding) else ("a",)
+
     def pair(self, statistics: Statistics) -> Pair:
         frequencies = statistics.a[0] / statistics.a[0].sum().clamp(min=1)
         tokens = torch.stack((frequencies, statistics.a[1] / statistics.examples))
@@ -434,18 +461,31 @@ class Norm(Layer):
         self._channels_last = isinstance(module, nn.LayerNorm | nn.RMSNorm)
 
     def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:
-        normalized = self._normalized(module, x)
-        if self._channels_last:
-            normalized, delta = (part.reshape(x.shape[0], -1, self.weight.numel()) for part in (normalized, delta))
-        channel = 2 if self._channels_last else 1
-        gradients = [normalized * delta, delta] if self.bias is not None else [normalized * delta]
-        if self.sharing == REDUCE and delta.ndim > 2:
-            positions = [dim for dim in range(1, delta.ndim) if dim != channel]
-            gradients, channel = [part.sum(positions) for part in gradients], 1
-        others = [dim for dim in range(gradients[0].ndim) if dim != channel]
-        products = [(first * second).sum(others) for first in gradients for second in gradients]
+        return self.statistics_of_some(module, x, delta, slice(None))
+
+    def statistics_of_some(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> Statistics:
+        scale, shift = self._gradients(module, x, delta, examples)
+        gradients = [scale] if self.bias is None else [scale, shift]
+        products = [(first * second).sum(0) for first in gradients for second in gradients]
         blocks = torch.stack(products, -1).unflatten(-1, (len(gradients), -1))
         return Statistics(blocks, blocks.new_ones(blocks.shape[0], 1, 1))
+
+    def quadratic_in_delta(self, module: nn.Module) -> tuple[str, ...]:
+        return ("a",)
+
+    def _gradients(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> tuple[Tensor, Tensor]:
+        """Returns the gradients (rows, channels) of scale and shift, a row for each example or each position."""
+        delta = delta[examples]
+        if self.sharing == REDUCE and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return _batch_norm_gradients(module, x, delta, examples)
+        product = self._normalized(module, x)[examples] * delta
+        if self._channels_last:
+            product, delta = (part.reshape(part.shape[0], -1, self.weight.numel()) for part in (product, delta))
+        else:
+            product, delta = (part.reshape(*part.shape[:2], -1).mT for part in (product, delta))
+        if self.sharing == REDUCE:
+            return product.sum(1), delta.sum(1)
+        return product.flatten(0, 1), delta.flatten(0, 1)
 
     def pair(self, statistics: Statistics) -> Pair:
         return Pair(statistics.a / statistics.examples, torch.ones_like(statistics.g))
@@ -457,6 +497,33 @@ class Norm(Layer):
     def write_(self, matrix: Tensor) -> None:
         for column, parameter in enumerate(self.parameters):
             _gradient_of(parameter).copy_(matrix[..., column].reshape(parameter.shape))
+
+
+def _batch_norm_gradients(
+    module: nn.modules.batchnorm._BatchNorm, x: Tensor, delta: Tensor, examples: slice
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients (examples, channels) of scale and shift without the normalised copy of x.
+
+    With mean and deviation of the whole batch, Σ x̂ δ = (Σ x δ − mean Σ δ) / deviation.
+    """
+    if module.training or module.running_mean is None or module.running_var is None:
+        count = x.numel() / x.shape[1]
+        mean = _over_positions(x).sum(0) / count
+        variance = (_squares_over_positions(x).sum(0) / count - mean.square()).clamp(min=0)
+    else:
+        mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+    shift, products = _over_positions(delta), _over_positions(x[examples] * delta)
+    return (products - mean * shift) / (variance + module.eps).sqrt(), shift
+
+
+def _over_positions(x: Tensor) -> Tensor:
+    return x.sum(list(range(2, x.ndim))) if x.ndim > 2 else x
+
+
+def _squares_over_positions(x: Tensor) -> Tensor:
+    if x.ndim > 2 and x.is_contiguous():  # one pass without a copy, which other layouts do not have
+        return torch.linalg.vector_norm(x, dim=list(range(2, x.ndim))).square()
+    return _over_positions(x.square())
 
 
 def _batch_norm(module: nn.Module, x: Tensor) -> Tensor:

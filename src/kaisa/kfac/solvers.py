@@ -111,7 +111,8 @@ class Eigen(Solver):
 
     Attributes:
         warm_start: starts from the last basis instead of from nothing; None decomposes in full each time.
-        precision: the type in which factors are decomposed, None for that of the factor.
+        precision: the type in which factors are decomposed; None for float64 on a CPU, where it costs little and makes
+            the result exact to the precision of the factor, and for the factor's own type elsewhere.
     """
 
     warm_start: WarmStart | None = None
@@ -125,7 +126,8 @@ class Eigen(Solver):
     ) -> Decomposition:
         if is_diagonal:
             return (factor.clamp(min=0),)
-        exact = factor if self.precision is None else factor.to(self.precision)
+        on_cpu = torch.float64 if factor.device.type == "cpu" else factor.dtype
+        exact = factor.to(self.precision or on_cpu)
         if self.warm_start is None or previous is None or factor.shape[-1] <= 2:
             decomposition = linalg.eigh(exact)
         else:

@@ -24,7 +24,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 30,
         "batch_size": 128,
         "lr": 0.1,
-        "kfac_lr": 0.03,
         "damping": 0.01,
         "factor_update_steps": 10,
         "inv_update_steps": 20,
@@ -41,8 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment": True,
     },
 }
-"""What is taken for options that are not given: tuned on the digits (see
-`benchmarks/digits_learning_rates.py`; one thread, for the matrices are small), customary on images."""
+"""What is taken for options that are not given: customary on images, on the digits one thread, for
+the matrices are small, and the learning rate that suits the first-order contestant best (see
+`benchmarks/digits_learning_rates.py`)."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,6 @@ class Options:
         """
         given = {name: value for name, value in given.items() if value is not None}
         preset = PRESETS["images" if "data" in given else "digits"]
-        if "lr" in given and "kfac_lr" not in given:
-            preset = {**preset, "kfac_lr": None}
         merged = {**preset, **given}
         own = {option.name for option in fields(Preconditioning)} & set(merged)
         preconditioning = Preconditioning(**{name: merged.pop(name) for name in own})

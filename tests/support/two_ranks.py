@@ -1,0 +1,77 @@
+"""Run by torchrun: what only real processes can show of a training on several ranks. The first rank writes JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kaisa.kfac import solvers
+from kaisa.kfac.collectives import Collectives, join_world, leave_world
+from kaisa.recipes.batches import Batches, Normalizer
+from kaisa.recipes.contestants import Contestant, Preconditioning
+from kaisa.recipes.distributed import account_of
+from kaisa.recipes.images import Images
+from kaisa.recipes.loop import Training, load, save
+from kaisa.recipes.models import build_model
+
+EPOCHS = 3
+
+
+def start(ranks: Collectives, fraction: float) -> Training:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (24, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = Images(pixels, torch.arange(24) % 3, ("cat", "dog", "eel"))
+    batches = Batches(images, Normalizer.fit(images), 8, True, 3, rank=ranks.rank, ranks=ranks.world_size)
+    options = Preconditioning(0.03, 2, 4, grad_worker_fraction=fraction)
+    contestant = Contestant("sgd", 0.05, preconditioning=options)
+    return Training.start(contestant, batches, images, EPOCHS, partial(build_model, "cnn", (3, 8, 8), 3), ranks)
+
+
+def resumes_to_the_bit(ranks: Collectives, fraction: float, folder: Path) -> bool:
+    """Whether a run of three epochs is the same when it is stopped after one."""
+    whole, stopped, resumed = (start(ranks, fraction) for _ in range(3))
+    while not whole.is_finished:
+        whole.epoch()
+    stopped.epoch()
+    save(stopped, folder / "checkpoint.pt")
+    ranks.total("written", (0, 1), torch.zeros(1))
+    load(resumed, folder / "checkpoint.pt")
+    while not resumed.is_finished:
+        resumed.epoch()
+    pairs = zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def measured_and_told(ranks: Collectives, fraction: float) -> list[object]:
+    """What the first rank sends and holds in its first step, and what is told of it."""
+    training = start(ranks, fraction)
+    assert training.kfac is not None
+    sent, calls = Counter(ranks.bytes_sent), Counter(ranks.calls)
+    training.step(*next(training.batches.epoch(0)))
+    measured = {k: [ranks.bytes_sent[k] - sent[k], ranks.calls[k] - calls[k]] for k in sorted(ranks.calls - calls)}
+    held = {kind: size for kind, size in training.kfac.memory_usage().items() if kind != "statistics"}
+    shapes = list(training.kfac._transport.shapes.values())
+    account = account_of(shapes, ranks.world_size, round(fraction * ranks.world_size), solvers.named("eigen"))
+    parts = {**account.factor_step[0], **account.inverse_step[0], **account.every_step[0]}
+    told = {kind: [sent.bytes, sent.calls] for kind, sent in sorted(parts.items())}
+    return [[measured, held], [told, dict(account.memory[0])]]
+
+
+def main() -> None:
+    ranks, folder = join_world(torch.device("cpu")), Path(sys.argv[1])
+    results = {
+        str(fraction): [resumes_to_the_bit(ranks, fraction, folder), *measured_and_told(ranks, fraction)]
+        for fraction in (1.0, 0.5)
+    }
+    if ranks.rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The code on the pages of the documentation runs, from top to bottom of each page."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall(page.read_text())
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
+    assert blocks
+
+
+def test_every_page_that_another_points_to_exists() -> None:
+    root = Path(__file__).parents[1]
+    for page in [*PAGES, root / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} points to {target}"
