@@ -103,6 +103,7 @@ class Transport:
         self.rank = collectives.rank
         self.world = tuple(range(collectives.world_size))
         self._sent: list[tuple[dict[str, Statistics], Wait]] = []
+        self._late: dict[str, Statistics] = {}
         self.buckets = list(_buckets(shapes, payload.bucket_bytes))
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -159,8 +160,10 @@ class Transport:
         """
         if self.is_alone:
             return dict(local), {name: Counts(sums.positions, sums.examples, None) for name, sums in local.items()}
+        gone = {name for bucket in self.buckets[: len(self._sent)] for name in bucket}
         for bucket in self.buckets[len(self._sent) :]:
             self._send(bucket, local)
+        self._late = {name: sums for name, sums in local.items() if name in gone}
         sent, self._sent = self._sent, []
         local = {name: sums for part, _ in sent for name, sums in part.items()}
         counts = self._count(local)
@@ -191,7 +194,8 @@ class Transport:
     ) -> None:
         """Sends the buckets that are complete, in their order and while the backward pass goes on.
 
-        When is each rank's own affair: all ranks send all buckets in one order, the last of them in ``reduce``.
+        When is each rank's own affair: all ranks send all buckets in one order, the last of them in ``reduce``. What
+        a layer sums after its bucket has gone, because it is used more often than before, goes with the next.
 
         Args:
             is_complete: says whether the sums of a layer will not grow any more in this step.
@@ -221,6 +225,7 @@ class Transport:
         return sums.sum() if self.payload.statistics is None else sums.to(self.payload.statistics).sum(dtype=sums.dtype)
 
     def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
+        local = self._with_late(bucket, local)
         wire = self.sums_like.to(self.payload.statistics or self.sums_like.dtype)
         chunks = [
             _joined([self._packed(local, key, wire) for key in self._owned_by(rank, bucket)], wire)
@@ -229,6 +234,17 @@ class Transport:
         size = sum(self._packed_size(key) for key in self._owned_by(self.rank, bucket))
         wait = self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
         self._sent.append(({name: local[name] for name in bucket if name in local}, wait))
+
+    def _with_late(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> dict[str, Statistics]:
+        """Returns the sums of a bucket's layers and what came too late for the last factor step."""
+        result = {name: local[name] for name in bucket if name in local}
+        for name in bucket:
+            late = self._late.pop(name, None)
+            if late is not None:
+                if name in result:
+                    late.add_(result[name])
+                result[name] = late
+        return result
 
     def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
