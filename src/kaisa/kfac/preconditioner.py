@@ -229,6 +229,10 @@ class KFACPreconditioner:
         self._example_moments: dict[str, Tensor] = {}
         self._label_generator = torch.Generator().manual_seed(seed + collectives.rank)
         per_example = isinstance(self._solver, EKFAC) and self._solver.per_example
+        if per_example and workers < collectives.world_size:
+            raise ConfigurationError(
+                "per-example EKFAC needs every rank to hold every decomposition; set grad_worker_fraction='comm'"
+            )
         if per_example and factor_examples != 1:
             raise ConfigurationError("per-example EKFAC needs every example; leave factor_examples at 1")
         self._capture = Capture(
@@ -565,7 +569,7 @@ class KFACPreconditioner:
 
     def _take_example_moments(self, counts: Mapping[str, Counts]) -> None:
         """Hands what this step showed of the spectrum to the solvers that correct eigenvalues."""
-        squares, self._example_moments = self._example_moments, {}
+        squares, self._example_moments = self._transport.total_moments(self._example_moments, self._ready), {}
         for stack in self._decompositions.stacks:
             if stack.moments is None:
                 continue

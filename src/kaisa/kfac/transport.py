@@ -272,6 +272,32 @@ class Transport:
             return part.reshape(*leading, factor.size)
         return linalg.unpack(part.reshape(*leading, -1), factor.size)
 
+    def total_moments(self, local: Mapping[str, Tensor], ready: AbstractSet[str]) -> dict[str, Tensor]:
+        """Adds up squares in the eigenbasis of single examples' gradients over ranks, which all hold the same bases.
+
+        Args:
+            local: this rank's sums; a layer that it has not used counts as zeros, one that no rank has as not a number.
+            ready: the layers that have a basis, on all ranks the same.
+        """
+        if self.is_alone or not isinstance(self.solver, solvers.EKFAC) or not self.solver.per_example:
+            return dict(local)
+        names = [name for name in self.shapes if name in ready]
+        if not names:
+            return {}
+        zeros = {name: self.like.new_zeros(self._matrix_shape(name)) for name in names if name not in local}
+        seen = self.like.new_tensor([float(name in local) for name in names])
+        row = [local[name] if name in local else zeros[name] for name in names]
+        total = self.collectives.total("moments", self.world, _joined([part.flatten() for part in (*row, seen)], self.like))
+        *sums, seen = total.split([*(part.numel() for part in row), len(names)])
+        return {
+            name: torch.where(count > 0, part, torch.nan).reshape(self._matrix_shape(name)).to(self.held_in[name])
+            for name, part, count in zip(names, sums, seen, strict=True)
+        }
+
+    def _matrix_shape(self, name: str) -> tuple[int, ...]:
+        shape = self.shapes[name]
+        return shape.gradient if shape.has_blocks else shape.gradient[1:]
+
     # ---------------------------------------------------------------------------------------------- decompositions
 
     def known(
@@ -411,9 +437,7 @@ class Transport:
         for rank, chunk in zip(row, received, strict=True):
             parts = chunk.to(self.like.dtype).split([self.shapes[name].gradient_elements for name in by_sender[rank]])
             for name, part in zip(by_sender[rank], parts, strict=True):
-                shape = self.shapes[name]
-                matrix = part.reshape(shape.gradient if shape.has_blocks else shape.gradient[1:])
-                result[name] = matrix.to(self.held_in[name])
+                result[name] = part.reshape(self._matrix_shape(name)).to(self.held_in[name])
         return result
 
 
