@@ -212,7 +212,7 @@ def _heartbeat() -> Heartbeat:
         store = dist.distributed_c10d._get_default_store()
         # A connection of its own: the process group's may wait for a key, and a beat must not wait behind it.
         store = store.clone() if hasattr(store, "clone") else store
-        prefix = f"kaisa/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        prefix = f"kaisa/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a store may outlive a restart
         _heartbeats[group] = Heartbeat(store, prefix, dist.get_rank(), dist.get_world_size())
     return _heartbeats[group]
 
@@ -310,8 +310,23 @@ def join_world(device: torch.device, timeout: datetime.timedelta | None = None) 
         return Alone()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    rank, world_size = launched
+    store = _store_of_this_attempt()
+    among = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **among)
     return Processes.of_world()
+
+
+def _store_of_this_attempt() -> dist.Store | None:
+    """Returns the store of torchrun's agent under a prefix of its own for each restart; None for torch's choice.
+
+    The agent of one node keeps its store over restarts, and torch 2.13 reads there the addresses of dead processes.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"kaisa/attempt_{attempt}", dist.TCPStore(address, port, is_master=False))
 
 
 def leave_world() -> None:
