@@ -151,6 +151,18 @@ def test_a_run_is_resumed_by_as_many_ranks_as_began_it(
     assert "the run in out has 1 processes, but torchrun has started 4" in capfd.readouterr().err
 
 
+def test_a_restart_by_torchrun_goes_on_with_the_folder(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SMALL, "--epochs", "1", "--output", "out"]) == 0
+    before = Path("out", "record.json").read_bytes()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RESTART_COUNT", "1")):
+        monkeypatch.setenv(name, value)
+    assert run([*SMALL, "--epochs", "1", "--output", "out"]) == 0
+    assert Path("out", "record.json").read_bytes() == before
+    assert capfd.readouterr().out.count("final test accuracy") == 2
+
+
 def test_a_process_of_its_own_is_alone() -> None:
     ranks = join_world(torch.device("cpu"))
     assert (ranks.rank, ranks.world_size, world()) == (0, 1, (0, 1))

@@ -11,6 +11,7 @@ Of several ranks the first prints and writes. A refusal is said by one rank, and
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -215,7 +216,12 @@ def _start(options: Options, output: Path | None, arguments: Sequence[str]) -> i
         check_folder(folder)
         if options.nproc > 1:
             return start_processes(options.nproc, arguments)
-    return _train(options, folder, resumed=False)
+    return _train(options, folder, resumed=_is_restart() and (folder / FILE).exists())
+
+
+def _is_restart() -> bool:
+    """Whether torchrun starts the ranks again after a failure: the same command then goes on with its own folder."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _resume(folder: Path, given: Sequence[str]) -> int:
