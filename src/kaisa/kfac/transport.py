@@ -287,7 +287,8 @@ class Transport:
         zeros = {name: self.like.new_zeros(self._matrix_shape(name)) for name in names if name not in local}
         seen = self.like.new_tensor([float(name in local) for name in names])
         row = [local[name] if name in local else zeros[name] for name in names]
-        total = self.collectives.total("moments", self.world, _joined([part.flatten() for part in (*row, seen)], self.like))
+        message = _joined([part.flatten() for part in (*row, seen)], self.like)
+        total = self.collectives.total("moments", self.world, message)
         *sums, seen = total.split([*(part.numel() for part in row), len(names)])
         return {
             name: torch.where(count > 0, part, torch.nan).reshape(self._matrix_shape(name)).to(self.held_in[name])
