@@ -167,7 +167,7 @@ def gradient_workers(fraction: str | float, world_size: int) -> int:
             )
         wished = {COMM_OPT: world_size, HYBRID_OPT: world_size / 2, MEM_OPT: 1}[fraction]
         return min(divisors, key=lambda count: (abs(count - wished), -count))
-    if isinstance(fraction, bool) or not 0 <= fraction <= 1:
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
         raise ConfigurationError(f"grad_worker_fraction is {fraction!r}; give a number from 0 to 1")
     wished = max(1.0, fraction * world_size)
     nearest = sorted(divisors, key=lambda count: abs(count - wished))[:2]
@@ -207,7 +207,7 @@ def place(
     Raises:
         ConfigurationError: ``workers`` does not divide the world.
     """
-    if world_size % workers:
+    if workers < 1 or world_size % workers:
         raise ConfigurationError(f"{workers} gradient workers do not divide {world_size} ranks")
     columns = tuple(zip(*grid_rows(world_size, workers), strict=True))
     costs = {shape.name: (cost(shape.a), cost(shape.g)) for shape in shapes}
