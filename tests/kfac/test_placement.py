@@ -15,7 +15,7 @@ from torch import nn
 from kaisa.errors import ConfigurationError
 from kaisa.kfac import LayerOptions
 from kaisa.kfac.coverage import discover
-from kaisa.kfac.placement import FactorShape, LayerShape, Placement, gradient_workers, grid_rows, place
+from kaisa.kfac.placement import FactorShape, LayerShape, Placement, gradient_workers, place
 
 SETTINGS = settings(max_examples=50, deadline=None)
 
@@ -84,12 +84,12 @@ def test_both_factors_of_a_tied_or_colocated_layer_have_one_owner(
 def test_no_column_and_no_rank_has_more_than_graham_allows(shapes: list[LayerShape], grid: tuple[int, int]) -> None:
     placement = place(shapes, *grid, colocate=True)
     costs = {shape.name: shape.a.work + shape.g.work for shape in shapes}
-    columns = {column: 0.0 for column in placement.columns}
+    columns = dict.fromkeys(placement.columns, 0.0)
     for name, cost in costs.items():
         columns[placement[name].gradient_workers] += cost
     _assert_balanced(list(columns.values()), list(costs.values()))
     for column in placement.columns:
-        ranks = {rank: 0.0 for rank in column}
+        ranks = dict.fromkeys(column, 0.0)
         own = [name for name in costs if placement[name].gradient_workers == column]
         for name in own:
             ranks[placement[name].a_owners[0]] += costs[name]
@@ -104,7 +104,7 @@ def _assert_balanced(loads: list[float], costs: list[float]) -> None:
 
 
 @SETTINGS
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 3))
 def test_the_longest_first_is_within_four_thirds_of_the_best(sizes: list[int], ranks: int) -> None:
     none = FactorShape(1, is_diagonal=True)
     shapes = [LayerShape(str(index), FactorShape(size), none, (1, 1, size)) for index, size in enumerate(sizes)]
@@ -162,7 +162,7 @@ def test_the_answer_does_not_depend_on_the_hash_seed() -> None:
             [sys.executable, "-c", program], env={**_environment(), "PYTHONHASHSEED": seed}, capture_output=True,
             text=True, check=True,
         ).stdout
-        for seed in ("0", "1", "2")
+        for seed in ("0", "1")
     }  # fmt: skip
     assert len(answers) == 1
 

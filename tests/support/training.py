@@ -18,7 +18,7 @@ CLASSES = 7
 
 
 class Network(nn.Module):
-    """Convolutions, one of them in groups, a tied embedding, a norm, and layers of equal shape, one of them used at will."""
+    """Convolutions, a tied embedding, a norm, and layers of equal shape, one of them used at will."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -97,10 +98,8 @@ class World:
             self._ended.add(rank)
             self.failure = self.failure or failure
             if self.failure is None:
-                try:
+                with suppress(AssertionError):  # those who wait will raise it
                     self._check_deadlock()
-                except AssertionError:
-                    pass  # those who wait will raise it
             self._condition.notify_all()
 
     def check_complete(self) -> None:
