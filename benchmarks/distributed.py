@@ -1,4 +1,4 @@
-"""Measures what several ranks send, hold and wait for, side by side with kfac-pytorch where it can be imported.
+r"""Measures what several ranks send, hold and wait for, side by side with kfac-pytorch where it can be imported.
 
 Ranks are processes over gloo, one thread each, on one machine. In every round each contestant takes four steps in
 turn: all due, nothing due, factors due, nothing due (factors every 2 steps, decompositions every 4). The median over
@@ -15,7 +15,8 @@ both decompose in float32; "kaisa, float64" is the library's own choice on a CPU
 ResNet-20 has 32 images of 3 by 32 by 32 a rank. The BERT-shaped stack is small: 4 blocks of 6 linear layers of width
 256 (base has 12 of 768), 8 sequences of 32 tokens a rank.
 
-    python benchmarks/distributed.py --rounds 15 --output benchmarks/results/distributed.json
+    python benchmarks/distributed.py --rounds 15 --output benchmarks/results/distributed.json \
+        --page docs/how-work-is-placed.md
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from kaisa.recipes.models import build_model, encoder
 OURS, BFLOAT16, FLOAT64, THEIRS = "kaisa", "kaisa, bfloat16", "kaisa, float64", "kfac-pytorch"
 CYCLE = ("all", "plain", "factor", "plain")
 FACTOR_STEPS, INVERSE_STEPS = 10, 100
+MARKS = "<!-- measured -->", "<!-- end of measured -->"
 SETTINGS: dict[str, Any] = {"damping": 0.003, "factor_decay": 0.95, "kl_clip": 0.001, "lr": 0.01}
 
 
@@ -270,9 +272,14 @@ def judge(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         fastest = min(row["milliseconds"]["step"] for row in theirs.values())
         where = {"model": entry["model"], "ranks": entry["ranks"]}
-        rows.append({**where, **ratio("step time, COMM-OPT", ours[1.0]["milliseconds"]["step"], fastest, 1.0)})
+        rows.append(
+            {**where, **ratio("step time, COMM-OPT to their fastest", ours[1.0]["milliseconds"]["step"], fastest, 1.0)}
+        )
         if entry["ranks"] == 1:
             continue
+        for fraction in ours:
+            times = [rows_[fraction]["milliseconds"]["step"] for rows_ in (ours, theirs)]
+            rows.append({**where, **ratio(f"step time, both at fraction {fraction:g}", *times, 1.0)})
         sent = [rows_[1.0]["bytes"]["factor_update"] for rows_ in (ours, bfloat16, theirs)]
         rows.append({**where, **ratio("bytes of a factor update", sent[0], sent[2], 0.25)})
         rows.append({**where, **ratio("bytes of a factor update, bfloat16", sent[1], sent[2], 0.25)})
@@ -320,6 +327,40 @@ def show(value: dict[str, Any]) -> None:
         print(f"{row['model']:12}{row['ranks']} ranks  {row['figure']:46}{outcome}")
 
 
+def write_page(value: dict[str, Any], page: Path) -> None:
+    """Put the measurements into a page, between its two marks."""
+    before, rest = page.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    page.write_text(before + MARKS[0] + "\n" + "\n".join(page_lines(value)) + "\n" + MARKS[1] + after)
+
+
+def page_lines(value: dict[str, Any]) -> Iterator[str]:
+    heads = (
+        "ms a step",
+        "kB a factor update",
+        "kB an inverse update",
+        "kB a plain step",
+        "collectives, all due",
+        "kB held",
+    )
+    for entry in value["measurements"]:
+        yield f"\n{entry['model']}, {entry['ranks']} ranks, medians of {entry['rounds']} rounds:\n"
+        yield "| library, fraction | " + " | ".join(heads) + " |"
+        yield "|---|" + "---:|" * len(heads)
+        for row in entry["results"]:
+            sent = row["bytes"]
+            sizes = (sent["factor_update"], sent["inverse_update"], sent["plain_step"])
+            cells = [f"{row['milliseconds']['step']:.1f}", *(f"{size / 1e3:,.0f}" for size in sizes)]
+            cells += [f"{row['collectives']['all_due']:g}", f"{row['memory']['most'] / 1e3:,.0f}"]
+            yield f"| {row['library']}, {row['fraction']:g} | " + " | ".join(cells) + " |"
+    yield "\n| model | ranks | relative to kfac-pytorch | ratio | at most | |"
+    yield "|---|---:|---|---:|---:|---|"
+    for row in value["targets"]:
+        verdict = "reached" if row["reached"] else "missed"
+        cells = [row["model"], str(row["ranks"]), row["figure"], f"{row['ratio']:.4f}", str(row["at_most"]), verdict]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def setting() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
@@ -340,6 +381,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
+    parser.add_argument("--page", type=Path, help="page to put the figures into")
     parser.add_argument("--show", action="store_true", help="only show the results of the file")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -351,7 +393,11 @@ def main() -> None:
         for model in arguments.models:
             for ranks in arguments.ranks:
                 launch(ranks, model, arguments.rounds, arguments.output)
-    show(json.loads(arguments.output.read_text()))
+    value = json.loads(arguments.output.read_text())
+    value["targets"] = judge(value["measurements"])
+    show(value)
+    if arguments.page:
+        write_page(value, arguments.page)
 
 
 def launch(ranks: int, model: str, rounds: int, output: Path) -> None:

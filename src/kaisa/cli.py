@@ -27,7 +27,15 @@ import typer
 from rich.console import Console
 
 from kaisa.errors import CollectiveError, ConfigurationError, KaisaError
-from kaisa.kfac.collectives import Alone, Collectives, join_world, launched_world, leave_world, start_processes
+from kaisa.kfac.collectives import (
+    Alone,
+    Collectives,
+    absent_ranks_named,
+    join_world,
+    launched_world,
+    leave_world,
+    start_processes,
+)
 from kaisa.kfac.placement import COMM_OPT, HYBRID_OPT, MEM_OPT
 from kaisa.recipes.comparison import (
     check_folder,
@@ -275,7 +283,9 @@ def _prepare(
 def _together(options: Options) -> Iterator[Collectives]:
     """Join the other ranks for a while; alone where there are none."""
     try:
-        yield join_world(torch.device(options.device)) if options.nproc > 1 else Alone()
+        ranks = join_world(torch.device(options.device)) if options.nproc > 1 else Alone()
+        with absent_ranks_named():
+            yield ranks
     finally:
         leave_world()
 

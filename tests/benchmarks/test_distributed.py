@@ -51,7 +51,7 @@ def row(library: str, fraction: float, scale: float) -> dict[str, Any]:
         "library": library,
         "fraction": fraction,
         "milliseconds": {"step": 10 * scale},
-        "bytes": {"factor_update": 100 * scale},
+        "bytes": {"factor_update": 100 * scale, "inverse_update": 0, "plain_step": 0},
         "collectives": {"step": scale, "all_due": scale},
         "memory": {"most": 50 * scale},
     }
@@ -66,7 +66,8 @@ def test_the_verdicts_compare_with_the_fastest_fraction_of_the_other(benchmark: 
     ]
     verdicts = benchmark.judge([{"model": "stack", "ranks": 2, "results": results}])
     found = {verdict["figure"]: (round(verdict["ratio"], 4), verdict["reached"]) for verdict in verdicts}
-    assert found["step time, COMM-OPT"] == (1.1111, False)
+    assert found["step time, COMM-OPT to their fastest"] == (1.1111, False)
+    assert found["step time, both at fraction 1"] == (0.25, True)
     assert found["bytes of a factor update"] == (0.25, True)
     assert found["bytes of a factor update, bfloat16"] == (0.125, True)
     assert found["collectives of a step, all due, fraction 0.5"] == (1.1111, False)
@@ -76,3 +77,15 @@ def test_the_verdicts_compare_with_the_fastest_fraction_of_the_other(benchmark: 
 def test_without_the_other_library_there_is_no_verdict(benchmark: ModuleType) -> None:
     entry = {"model": "stack", "ranks": 2, "results": [row("kaisa", 1.0, 1.0), row("kaisa, bfloat16", 1.0, 1.0)]}
     assert benchmark.judge([entry]) == []
+
+
+def test_the_figures_take_the_place_between_the_marks_of_a_page(benchmark: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured -->\nold\n<!-- end of measured -->\nafter\n")
+    entry = {"model": "stack", "ranks": 2, "rounds": 3, "results": [row("kaisa", 1.0, 1.0)]}
+    benchmark.write_page({"measurements": [entry], "targets": []}, page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- measured -->\n")
+    assert text.endswith("<!-- end of measured -->\nafter\n")
+    assert "old" not in text
+    assert "| kaisa, 1 | 10.0 | 0 | 0 | 0 | 1 | 0 |" in text
