@@ -75,7 +75,7 @@ def _cells() -> list[Any]:
         for grid_index, (size, workers) in enumerate(GRIDS):
             accumulation, clip = combinations[(solver_index + grid_index) % 4]
             cells.append(pytest.param(solver, size, workers, accumulation, clip))
-    cells += [pytest.param(solver, 4, 2, *combination) for solver in SOLVERS for combination in combinations]
+    cells += [pytest.param(solver, 2, 1, *combination) for solver in SOLVERS for combination in combinations]
     return cells
 
 

@@ -143,6 +143,13 @@ def test_every_rank_receives_from_the_gradient_worker_in_its_row(
             assert {sender} == set(placement.row(rank)) & set(placement[shape.name].gradient_workers)
 
 
+@pytest.mark.parametrize("grid", [(4, 1), (4, 2), (4, 4)])
+def test_ties_are_broken_by_name(grid: tuple[int, int]) -> None:
+    shapes = [LayerShape(name, FactorShape(3), FactorShape(3), (1, 3, 3)) for name in "abcde"]
+    answers = {frozenset(place(order, *grid).assignments) for order in itertools.permutations(shapes)}
+    assert len(answers) == 1
+
+
 def test_a_measured_cost_replaces_the_modelled_one() -> None:
     shapes = [LayerShape(name, FactorShape(2), FactorShape(2), (1, 2, 2)) for name in ("a", "b", "c")]
     sizes = {"a": 5.0, "b": 1.0, "c": 1.0}
@@ -153,6 +160,10 @@ def test_a_measured_cost_replaces_the_modelled_one() -> None:
 
 def test_the_answer_does_not_depend_on_the_hash_seed() -> None:
     program = (
+        "import sys, types\n"
+        "for name in ('kaisa', 'kaisa.kfac'):\n"  # the packages without what they import: no torch
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "    sys.modules[name].__path__ = [path + '/' + name.replace('.', '/') for path in sys.path]\n"
         "from kaisa.kfac.placement import *\n"
         "shapes = [LayerShape(n, FactorShape(3), FactorShape(3), (1, 3, 3)) for n in 'hgfedcba']\n"
         "print(place(shapes, 8, 2).assignments)"
