@@ -317,7 +317,7 @@ def join_world(device: torch.device, timeout: datetime.timedelta | None = None) 
     return Processes.of_world()
 
 
-def _store_of_this_attempt() -> dist.Store | None:
+def _store_of_this_attempt() -> Any:
     """Returns the store of torchrun's agent under a prefix of its own for each restart; None for torch's choice.
 
     The agent of one node keeps its store over restarts, and torch 2.13 reads there the addresses of dead processes.
@@ -326,7 +326,8 @@ def _store_of_this_attempt() -> dist.Store | None:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"kaisa/attempt_{attempt}", dist.TCPStore(address, port, is_master=False))
+    stores: Any = dist  # which mypy does not find there
+    return stores.PrefixStore(f"kaisa/attempt_{attempt}", stores.TCPStore(address, port, is_master=False))
 
 
 def leave_world() -> None:
@@ -343,7 +344,10 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
         arguments: of the command, the same for all.
 
     Returns:
-        The exit status of the first that failed, 0 if none did, 128 + the number of a signal that ended them.
+        The exit status of the first that failed, 0 if none did, 128 + the number of a signal to this process.
+
+    Raises:
+        CollectiveError: a process was ended by a signal.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -366,8 +370,11 @@ def start_processes(count: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "kaisa", *arguments)
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status >= 0 else 128 - status
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise CollectiveError(f"rank {rank} was ended by {name}, and the others with it") from error
+        return failure.exitcode
     except SignalException as error:
         return 128 + signal.Signals(error.sigval).value
     return 0

@@ -56,18 +56,17 @@ class Heartbeat:
         if not self._stopped.is_set():
             self._stopped.set()
             self._thread.join(timeout=_GRACE)
-            self._beat(has_ended=True)
             atexit.unregister(self.close)
 
     def roll_call(self) -> str:
         """Returns in words which ranks are absent and where the others are; takes as long as a beat may be late."""
-        before = self._read()
+        before = self._answer()
         end = time.monotonic() + _GRACE
         while time.monotonic() < end and not self._stopped.is_set():
             time.sleep(_INTERVAL / 2)
-        after = self._read()
+        after = self._answer() if before else before
         if not after:
-            return "the store that the ranks met at is gone, and with it the process that kept it"
+            return "the store that the ranks met at does not answer: the process or the host that keeps it is gone"
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         ended = [rank for rank in others if rank in after and after[rank]["ended"]]
         silent = [rank for rank in others if rank not in after or after[rank] == before.get(rank)]
@@ -82,6 +81,7 @@ class Heartbeat:
         while not self._stopped.wait(_INTERVAL):
             if not self._beat():
                 return
+        self._beat(has_ended=True)
 
     def _beat(self, has_ended: bool = False) -> bool:
         self._count += 1
@@ -91,6 +91,14 @@ class Heartbeat:
         except RuntimeError:  # whoever kept the store has ended; there is nobody left to tell
             return False
         return True
+
+    def _answer(self) -> Mapping[int, dict[str, Any]]:
+        """Reads in a thread, because a store on a host that is cut off would be waited for without end."""
+        rows: dict[int, dict[str, Any]] = {}
+        reader = threading.Thread(target=lambda: rows.update(self._read()), daemon=True)
+        reader.start()
+        reader.join(_GRACE)
+        return {} if reader.is_alive() else rows
 
     def _read(self) -> Mapping[int, dict[str, Any]]:
         try:
