@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from kaisa.cli import BAD_INPUT, INTERRUPTED, run
+from kaisa.cli import BAD_INPUT, FAILED, INTERRUPTED, run
 from kaisa.kfac.collectives import join_world, launched_world, leave_world, world
 from kaisa.recipes.record import Record
 
@@ -161,6 +162,18 @@ def test_a_restart_by_torchrun_goes_on_with_the_folder(
     assert run([*SMALL, "--epochs", "1", "--output", "out"]) == 0
     assert Path("out", "record.json").read_bytes() == before
     assert capfd.readouterr().out.count("final test accuracy") == 2
+
+
+def test_a_rank_that_is_killed_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def launch(*_: object) -> NoReturn:
+        failure = ProcessFailure(local_rank=1, pid=1, exitcode=-9, error_file="none")
+        raise ChildFailedError("kaisa", {1: failure})
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: launch)
+    assert run([*SMALL, "--nproc", "2", "--output", "out"]) == FAILED
+    assert capfd.readouterr().err == "kaisa: rank 1 was ended by SIGKILL, and the others with it\n"
 
 
 def test_a_process_of_its_own_is_alone() -> None:

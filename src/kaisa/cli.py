@@ -3,7 +3,7 @@
     kaisa train                trains on images, with a first-order optimizer and with the same behind K-FAC
     kaisa bench distributed    what each placement sends and holds, by formula
 
-Exit status: 0 done; 1 the exchange between ranks failed; 2 bad input, said in one line on standard error, with nothing
+Exit status: 0 done; 1 a rank was lost; 2 bad input, said in one line on standard error, with nothing
 written; 130 interrupted, with what was done kept.
 
 Of several ranks the first prints and writes. A refusal is said by one rank, and all leave.
