@@ -133,7 +133,6 @@ def test_every_rank_writes_its_own_shard_and_no_factor_twice(runs: Path) -> None
     for rank in (0, 1):
         owned = {f"factors/{key}" for key in result(runs, "stopped", rank)["factors"]}
         assert owned == {name for name in names[rank] if name.endswith(("/a", "/g"))}
-    assert all(any(name.startswith("model/") for name in shard) for shard in names)
 
 
 def headers(shard: Path) -> list[str]:
@@ -238,10 +237,8 @@ def test_the_checkpoint_of_another_model_optimizer_or_solver_is_refused_with_eve
     optimizer = torch.optim.SGD([{"params": [p]} for p in other.parameters()], lr=0.1)
     kfac = kaisa.KFACPreconditioner(other, optimizer)
     before = [parameter.detach().clone() for parameter in other.parameters()]
-    with pytest.raises(
-        CheckpointError,
-        match=r"(?s)model: 0\.weight is missing.*optimizer: groups of \[\d+\] parameters in the checkpoint, of \[1, 1\] here",
-    ):
+    groups = r"groups of \[\d+\] parameters in the checkpoint, of \[1, 1\] here"
+    with pytest.raises(CheckpointError, match=rf"(?s)model: 0\.weight is missing.*optimizer: {groups}"):
         checkpoint.load(path, kfac, other, optimizer)
     with pytest.raises(CheckpointError, match="0: missing from the state"):
         checkpoint.load(path, kfac)
