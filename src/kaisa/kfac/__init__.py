@@ -18,6 +18,8 @@ from kaisa.kfac.damping import LevenbergMarquardt
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import Layer, LayerOptions, MatrixLayer, NotCovered, register
+from kaisa.kfac.payload import Payload
+from kaisa.kfac.placement import Placement
 from kaisa.kfac.preconditioner import KFACPreconditioner
 from kaisa.kfac.solvers import EKFAC, Cholesky, Eigen, Solver, WarmStart
 from kaisa.kfac.trust_region import Graft, KLClip, NormConstraint, TrustRegion
@@ -41,6 +43,8 @@ __all__ = [
     "NormConstraint",
     "NotCovered",
     "Pair",
+    "Payload",
+    "Placement",
     "Solver",
     "Statistics",
     "TrustRegion",

@@ -28,9 +28,10 @@ from kaisa.kfac.decompositions import Decompositions
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
+from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import gradient_workers, place
 from kaisa.kfac.solvers import EKFAC, Solver
-from kaisa.kfac.transport import A, Counts, G, Payload, Transport, groups_of
+from kaisa.kfac.transport import A, Counts, G, Transport, groups_of
 from kaisa.kfac.trust_region import KLClip, TrustRegion
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
 

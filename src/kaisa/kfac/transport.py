@@ -21,33 +21,11 @@ from kaisa.kfac import linalg, solvers
 from kaisa.kfac.collectives import Collectives, Wait
 from kaisa.kfac.decompositions import Key
 from kaisa.kfac.factors import Factors, Pair, Statistics
+from kaisa.kfac.payload import Payload, decode, encode, encoded_length
 from kaisa.kfac.placement import FactorShape, LayerShape, Placement
 from kaisa.kfac.solvers import Decomposition, Solver
 
 A, G = 0, 1
-
-
-@dataclass(frozen=True)
-class Payload:
-    """The types in which numbers travel; None for the type that they are held in.
-
-    Attributes:
-        statistics: of the factors' sums, which are added up in full precision on arrival.
-        gradients: of preconditioned gradients; every rank then works with the rounded values, so that all stay equal.
-        bucket_bytes: statistics travel in messages of about this size, the first while the backward pass runs.
-    """
-
-    statistics: torch.dtype | None = None
-    gradients: torch.dtype | None = None
-    bucket_bytes: int = 25 * 2**20
-
-    def __post_init__(self) -> None:
-        for name in ("statistics", "gradients"):
-            dtype = getattr(self, name)
-            if dtype is not None and not dtype.is_floating_point:
-                raise ConfigurationError(f"Payload.{name} is {dtype}; give a floating-point type or None")
-        if self.bucket_bytes < 1:
-            raise ConfigurationError(f"Payload.bucket_bytes is {self.bucket_bytes}; give at least 1")
 
 
 @dataclass(frozen=True)
@@ -102,6 +80,7 @@ class Transport:
         self.is_alone = collectives.world_size == 1
         self.rank = collectives.rank
         self.world = tuple(range(collectives.world_size))
+        self._messages = 0
         self._sent: list[tuple[dict[str, Statistics], Wait]] = []
         self._late: dict[str, Statistics] = {}
         self.buckets = list(_buckets(shapes, payload.bucket_bytes))
@@ -222,16 +201,22 @@ class Transport:
 
     def _sum_sent(self, sums: Tensor) -> Tensor:
         """Returns the sum of what the others will see, which a payload of a short range may make infinite."""
-        return sums.sum() if self.payload.statistics is None else sums.to(self.payload.statistics).sum(dtype=sums.dtype)
+        form = self.payload.statistics
+        return sums.to(form).sum(dtype=sums.dtype) if isinstance(form, torch.dtype) else sums.sum()
 
     def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
         local = self._with_late(bucket, local)
-        wire = self.sums_like.to(self.payload.statistics or self.sums_like.dtype)
+        form, self._messages = self.payload.statistics, self._messages + 1
         chunks = [
-            _joined([self._packed(local, key, wire) for key in self._owned_by(rank, bucket)], wire)
+            encode(
+                [self._packed(local, key) for key in self._owned_by(rank, bucket)],
+                form,
+                self.sums_like,
+                seed=self._seed(self.rank, rank),
+            )
             for rank in self.world
         ]
-        size = sum(self._packed_size(key) for key in self._owned_by(self.rank, bucket))
+        size = encoded_length(self._numbers(bucket), form)
         wait = self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
         self._sent.append(({name: local[name] for name in bucket if name in local}, wait))
 
@@ -248,22 +233,32 @@ class Transport:
 
     def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
-        total = torch.stack([chunk.to(self.sums_like.dtype) for chunk in received]).sum(0)
+        numbers, form = self._numbers(bucket), self.payload.statistics
+        total = torch.stack([decode(chunk, numbers, form, self.sums_like.dtype) for chunk in received]).sum(0)
         keys = self._owned_by(self.rank, bucket)
         parts = total.split([self._packed_size(key) for key in keys])
-        return {key: self._unpacked(part.to(self.summed_in[key[0]]), key) for key, part in zip(keys, parts, strict=True)}
+        return {
+            key: self._unpacked(part.to(self.summed_in[key[0]]), key) for key, part in zip(keys, parts, strict=True)
+        }
 
     def _owned_by(self, rank: int, bucket: Sequence[str]) -> list[Key]:
         return [(name, side) for name in bucket for side in (A, G) if rank in self._owners(name, side)]
 
+    def _numbers(self, bucket: Sequence[str]) -> int:
+        return sum(self._packed_size(key) for key in self._owned_by(self.rank, bucket))
+
+    def _seed(self, sender: int, receiver: int) -> int:
+        """Returns what rounding at random starts from: another for every message."""
+        return (self._messages * len(self.world) + sender) * len(self.world) + receiver
+
     def _packed_size(self, key: Key) -> int:
         return self.shapes[key[0]].uses * self._factor(*key).packed_elements
 
-    def _packed(self, local: Mapping[str, Statistics], key: Key, wire: Tensor) -> Tensor:
+    def _packed(self, local: Mapping[str, Statistics], key: Key) -> Tensor:
         if key[0] not in local:
-            return wire.new_zeros(self._packed_size(key))
+            return self.sums_like.new_zeros(self._packed_size(key))
         sums = local[key[0]].g if key[1] else local[key[0]].a
-        return (sums if self._factor(*key).is_diagonal else linalg.pack(sums)).flatten().to(wire.dtype)
+        return (sums if self._factor(*key).is_diagonal else linalg.pack(sums)).flatten()
 
     def _unpacked(self, part: Tensor, key: Key) -> Tensor:
         shape, factor = self.shapes[key[0]], self._factor(*key)
@@ -430,13 +425,17 @@ class Transport:
         by_sender: dict[int, list[str]] = {rank: [] for rank in row}
         for name in names:
             by_sender[self.placement.sender(name, self.rank)].append(name)
-        wire = self.like.to(self.payload.gradients or self.like.dtype)
-        message = _joined([solved[name].flatten().to(wire.dtype) for name in by_sender[self.rank]], wire)
-        sizes = [sum(self.shapes[name].gradient_elements for name in by_sender[rank]) for rank in row]
+        form, self._messages = self.payload.gradients, self._messages + 1
+        # The gradient workers of a layer stand in the same place of their rows and must round alike.
+        seed = self._seed(row.index(self.rank), 0)
+        message = encode([solved[name].flatten() for name in by_sender[self.rank]], form, self.like, seed)
+        numbers = {rank: sum(self.shapes[name].gradient_elements for name in by_sender[rank]) for rank in row}
+        sizes = [encoded_length(numbers[rank], form) for rank in row]
         received = self.collectives.exchange("gradients", row, [message] * len(row), sizes)()
         result: dict[str, Tensor] = {}
         for rank, chunk in zip(row, received, strict=True):
-            parts = chunk.to(self.like.dtype).split([self.shapes[name].gradient_elements for name in by_sender[rank]])
+            everything = decode(chunk, numbers[rank], form, self.like.dtype)
+            parts = everything.split([self.shapes[name].gradient_elements for name in by_sender[rank]])
             for name, part in zip(by_sender[rank], parts, strict=True):
                 result[name] = part.reshape(self._matrix_shape(name)).to(self.held_in[name])
         return result
