@@ -199,3 +199,10 @@ def test_the_mean_over_all_draws_of_examples_is_the_factor_of_the_whole_batch(
         draws.append(factors(0.25))
     for expected, *parts in zip(whole, *draws, strict=True):
         torch.testing.assert_close(sum(parts) / 4, expected)
+
+
+def test_corrected_eigenvalues_know_the_size_of_the_batch_from_the_first_step_on(model: nn.Sequential) -> None:
+    with kaisa.KFACPreconditioner(model, kl_clip=None, solver=EKFAC(decay=0.5)) as kfac:
+        backward(model)
+        kfac.step()
+        assert {float(entry["moments"]["terms"]) for entry in kfac.state_dict()["decompositions"]} == {16.0}

@@ -175,6 +175,10 @@ class KFACPreconditioner:
         self._decompositions = Decompositions(
             self._solver, list(self._layers), {layer.name: _held_in(layer, inv_dtype) for layer in layers}, patience
         )
+        if isinstance(damping, LevenbergMarquardt) and collectives.world_size > 1:
+            raise ConfigurationError(
+                "LevenbergMarquardt needs all factors on one process; give damping as a number or a function"
+            )
         workers = gradient_workers(grad_worker_fraction, collectives.world_size)
         shapes = [layer.layer_shape() for layer in layers]
         self.placement = place(
@@ -191,6 +195,7 @@ class KFACPreconditioner:
             layers[0].weight.device,
         )
         self._ready: set[str] = set()
+        self._terms_seen: float | Tensor | None = None
         self._calls: Counter[str] = Counter()
         self._calls_before: Counter[str] | None = None
         # Ranks that differ would make different groups, so that none is made before they have agreed.
@@ -405,6 +410,8 @@ class KFACPreconditioner:
                 names.append(stack.names)
                 raw.append(gradient)
                 exact = gradient.to(stack.a[0].dtype)
+                if stack.moments is not None and self._terms_seen is not None:
+                    stack.moments.terms = self._terms_seen
                 solved.append(self._solver.solve(stack.a, stack.g, exact, self.damping, stack.moments))
                 whole.store_moments(indices, stack)
         return names, raw, solved
@@ -571,11 +578,11 @@ class KFACPreconditioner:
     def _take_example_moments(self, counts: Mapping[str, Counts]) -> None:
         """Hands what this step showed of the spectrum to the solvers that correct eigenvalues."""
         squares, self._example_moments = self._transport.total_moments(self._example_moments, self._ready), {}
+        if counts:
+            self._terms_seen = _most(count.examples for count in counts.values())
         for stack in self._decompositions.stacks:
             if stack.moments is None:
                 continue
-            if counts:
-                stack.moments.terms = _most(count.examples for count in counts.values())
             if all(name in squares for name in stack.names):
                 assert isinstance(self._solver, EKFAC)
                 means = [squares[name] / counts[name].examples for name in stack.names]
