@@ -260,3 +260,30 @@ def test_sampling_leaves_the_gradients_of_the_loss_as_they_are() -> None:
     F.cross_entropy(outputs, y).backward()
     for parameter, gradient in zip(model.parameters(), raw, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_blocks_of_a_normalisation_layer_are_the_dense_fisher_of_all_labels(exact: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    x = torch.randn(6, 4).double()
+    fisher = kaisa.kfac.Fisher("categorical", exact=exact)
+    with kaisa.KFACPreconditioner(net, kl_clip=None, fisher=fisher, factor_decay=0.0, factor_update_steps=1) as kfac:
+        found = torch.zeros(4, 2, 2, dtype=torch.float64)
+        draws = 1 if exact else 400
+        for _ in range(draws):
+            net.zero_grad()
+            outputs = net(x)
+            kfac.sample_fisher(outputs)
+            outputs.sum().backward()
+            kfac.step()
+            found += kfac.factors["0"].a / draws
+    expected = torch.zeros(4, 2, 2, dtype=torch.float64)
+    for example in x:
+        z = net(example)
+        p = z.softmax(0).detach()
+        for label in range(3):
+            gradients = torch.autograd.grad(-z.log_softmax(0)[label], list(net[0].parameters()), retain_graph=True)
+            pairs = torch.stack(gradients, 1)
+            expected += p[label] * pairs[:, :, None] * pairs[:, None, :] / len(x)
+    torch.testing.assert_close(found, expected, rtol=1e-9 if exact else 0.15, atol=1e-12 if exact else 0.01)

@@ -187,15 +187,17 @@ class Capture:
         if self.examples_observer is not None:
             self.examples_observer(layer, x, delta * unscaled)
         statistics = layer.statistics_of_some(module, x, delta, examples)
+        of_gradients = layer.quadratic_in_delta(module)
         # The sums are scaled, not δ, which is as large as an activation.
-        for side in layer.quadratic_in_delta(module):
+        for side in of_gradients:
             setattr(statistics, side, getattr(statistics, side).mul_(unscaled * unscaled))
         if blocks != 1:
             statistics.a *= blocks
             statistics.g *= blocks
             statistics.positions *= x.shape[0] / (examples.stop - examples.start)
         if not self._with_inputs:
-            statistics.a.zero_()
+            for side in {"a", "g"} - set(of_gradients):
+                getattr(statistics, side).zero_()
             statistics.positions = 0.0
         statistics.examples, statistics.scale = self._new_terms(layer, terms), scale
         if layer.name in self._sums:

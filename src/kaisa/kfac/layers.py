@@ -499,7 +499,8 @@ def _over_positions(x: Tensor) -> Tensor:
 
 def _squares_over_positions(x: Tensor) -> Tensor:
     if x.ndim > 2 and x.is_contiguous():  # one pass without a copy, which other layouts do not have
-        return torch.linalg.vector_norm(x, dim=list(range(2, x.ndim))).square()
+        norms: Tensor = torch.linalg.vector_norm(x, dim=list(range(2, x.ndim)))
+        return norms.square()
     return _over_positions(x.square())
 
 
