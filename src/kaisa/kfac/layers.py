@@ -442,9 +442,8 @@ class Norm(Layer):
 
     def statistics_of_some(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> Statistics:
         scale, shift = self._gradients(module, x, delta, examples)
-        gradients = [scale] if self.bias is None else [scale, shift]
-        products = [(first * second).sum(0) for first in gradients for second in gradients]
-        blocks = torch.stack(products, -1).unflatten(-1, (len(gradients), -1))
+        by_channel = torch.stack((scale,) if self.bias is None else (scale, shift)).permute(2, 0, 1)
+        blocks = by_channel @ by_channel.mT
         return Statistics(blocks, blocks.new_ones(blocks.shape[0], 1, 1))
 
     def quadratic_in_delta(self, module: nn.Module) -> tuple[str, ...]:
