@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kaisa.kfac.transport import Payload
+from kaisa.kfac.payload import Payload
 from tests.support import gloo, world
 from tests.support.gloo import Case
 from tests.support.training import Run, batch, distance, share

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import kaisa
 from kaisa.errors import ConfigurationError, DecompositionError
 from kaisa.kfac import Fisher, Graft, LayerOptions, linalg
+from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import Placement
 from kaisa.kfac.solvers import EKFAC
-from kaisa.kfac.transport import Payload
 from tests.support.training import CLASSES, EXAMPLES, STEPS, Run, batch, distance, network, share
 from tests.support.world import Simulated, run, run_all
 
@@ -327,9 +327,10 @@ def test_layers_of_different_types_travel_without_loss(workers: int) -> None:
             torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("form", [torch.bfloat16, "int8"])
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_rounded_payloads_stay_near_and_leave_all_ranks_equal(workers: int) -> None:
-    payload = Payload(statistics=torch.bfloat16, gradients=torch.bfloat16)
+def test_rounded_payloads_stay_near_and_leave_all_ranks_equal(workers: int, form: torch.dtype | str) -> None:
+    payload = Payload(statistics=form, gradients=form)
     exact, _ = of_ranks(4, equal_shares(4, grad_worker_fraction=workers / 4))
     rounded, _ = of_ranks(4, equal_shares(4, grad_worker_fraction=workers / 4, payload=payload))
     assert 1e-6 < distance(rounded[0], exact[0]) < 0.1

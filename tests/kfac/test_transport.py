@@ -9,9 +9,10 @@ import torch
 
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.factors import Statistics
+from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import FactorShape, LayerShape, Placement, place
 from kaisa.kfac.solvers import Eigen, Solver
-from kaisa.kfac.transport import Payload, Transport, groups_of
+from kaisa.kfac.transport import Transport, groups_of
 from tests.support.world import Simulated, run, run_all
 
 SHAPES = [

@@ -24,8 +24,8 @@ from kaisa.errors import ConfigurationError, DataError, KaisaError
 from kaisa.kfac import solvers
 from kaisa.kfac.account import Account, Sent, Sizes, account, count_messages
 from kaisa.kfac.collectives import Alone, Collectives
+from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import FactorShape, LayerShape, place
-from kaisa.kfac.transport import Payload
 from kaisa.recipes.batches import Batches
 from kaisa.recipes.distributed import (
     account_of,

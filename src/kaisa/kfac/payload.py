@@ -1,7 +1,7 @@
 """How numbers are written for the way: as they are, in a shorter type, or in 8 bits rounded at random.
 
-The 8-bit form keeps one scale for each block of 256 numbers and rounds x · 127 / max|x| up or down with the probability
-that makes the result right on average: E[decode(encode(x))] = x, within one step max|x| / 127 of the block. A sum over
+The 8-bit form keeps one scale for each block of 128 numbers of a factor or gradient and rounds x · 127 / max|x| up or
+down with the probability that makes the result right on average: E[decode(encode(x))] = x, within one step max|x| / 127 of the block. A sum over
 ranks averages the rounding out, and the running average of the factors does so over time.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from kaisa.errors import ConfigurationError
 
 INT8 = "int8"
-_BLOCK, _LEVELS, _SCALE_BYTES = 256, 127, 4
+_BLOCK, _LEVELS, _SCALE_BYTES = 128, 127, 4
 
 Wire = torch.dtype | str | None
 
@@ -46,40 +46,48 @@ class Payload:
             raise ConfigurationError(f"Payload.bucket_bytes is {self.bucket_bytes}; give at least 1")
 
 
-def encoded_length(numbers: int, form: Wire) -> int:
-    """Returns how many elements a message of so many numbers has; bytes in the 8-bit form."""
+def encoded_length(sizes: Sequence[int], form: Wire) -> int:
+    """Returns how many elements a message of parts of these sizes has; bytes in the 8-bit form."""
     if form != INT8:
-        return numbers
-    return -(-numbers // _BLOCK) * (_BLOCK + _SCALE_BYTES)
+        return sum(sizes)
+    return sum(size + _SCALE_BYTES * _blocks(size) for size in sizes)
 
 
 def encode(parts: Sequence[Tensor], form: Wire, like: Tensor, seed: int) -> Tensor:
     """Returns one flat message.
 
     Args:
-        parts: flat tensors.
+        parts: flat tensors; no block of the 8-bit form spans two of them.
         form: what to write them as.
         like: an empty tensor of the type that they are held in, on their device.
         seed: decides the rounding; equal numbers and seeds make equal messages.
     """
-    numbers = torch.cat([part.to(like.dtype) for part in parts]) if parts else like.new_empty(0)
     if form != INT8:
+        numbers = torch.cat([part.to(like.dtype) for part in parts]) if parts else like.new_empty(0)
         return numbers if form is None else numbers.to(form)
-    blocks = F.pad(numbers.float(), (0, -numbers.numel() % _BLOCK)).reshape(-1, _BLOCK)
+    padded = [F.pad(part.float(), (0, -part.numel() % _BLOCK)).reshape(-1, _BLOCK) for part in parts]
+    blocks = torch.cat(padded) if padded else like.new_empty(0, _BLOCK).float()
     scales = blocks.abs().amax(1, keepdim=True) / _LEVELS
     generator = torch.Generator(device=like.device).manual_seed(seed)
     noise = torch.rand(blocks.shape, generator=generator, device=like.device)
     # A block of zeros has the scale 0; the quotient's NaN becomes 0.
     rounded = torch.floor(torch.nan_to_num(blocks / scales, posinf=0.0, neginf=0.0) + noise)
-    rounded = rounded.clamp(-_LEVELS, _LEVELS).to(torch.int8)
-    return torch.cat((scales.flatten().view(torch.int8), rounded.flatten()))
+    values = rounded.clamp(-_LEVELS, _LEVELS).to(torch.int8).split([_blocks(part.numel()) for part in parts])
+    unpadded = [value.flatten()[: part.numel()] for value, part in zip(values, parts, strict=True)]
+    return torch.cat((scales.flatten().view(torch.int8), *unpadded))
 
 
-def decode(message: Tensor, numbers: int, form: Wire, dtype: torch.dtype) -> Tensor:
-    """Returns the numbers of a message."""
+def decode(message: Tensor, sizes: Sequence[int], form: Wire, dtype: torch.dtype) -> Tensor:
+    """Returns the numbers of a message, flat."""
     if form != INT8:
         return message.to(dtype)
-    count = -(-numbers // _BLOCK)
-    header = message[: _SCALE_BYTES * count].clone().view(torch.float32)  # a copy, because a view wants alignment
-    values = message[_SCALE_BYTES * count :].reshape(count, _BLOCK).to(dtype) * header.to(dtype)[:, None]
-    return values.flatten()[:numbers]
+    counts = [_blocks(size) for size in sizes]
+    start = _SCALE_BYTES * sum(counts)
+    header = message[:start].clone().view(torch.float32).to(dtype)  # a copy, because a view wants alignment
+    parts = zip(message[start:].split(list(sizes)), header.split(counts), sizes, strict=True)
+    numbers = [values.to(dtype) * scales.repeat_interleave(_BLOCK)[:size] for values, scales, size in parts]
+    return torch.cat(numbers) if numbers else header
+
+
+def _blocks(size: int) -> int:
+    return -(-size // _BLOCK)

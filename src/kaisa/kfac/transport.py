@@ -216,7 +216,7 @@ class Transport:
             )
             for rank in self.world
         ]
-        size = encoded_length(self._numbers(bucket), form)
+        size = encoded_length(self._sizes(bucket), form)
         wait = self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
         self._sent.append(({name: local[name] for name in bucket if name in local}, wait))
 
@@ -233,8 +233,8 @@ class Transport:
 
     def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
         """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
-        numbers, form = self._numbers(bucket), self.payload.statistics
-        total = torch.stack([decode(chunk, numbers, form, self.sums_like.dtype) for chunk in received]).sum(0)
+        sizes, form = self._sizes(bucket), self.payload.statistics
+        total = torch.stack([decode(chunk, sizes, form, self.sums_like.dtype) for chunk in received]).sum(0)
         keys = self._owned_by(self.rank, bucket)
         parts = total.split([self._packed_size(key) for key in keys])
         return {
@@ -244,8 +244,8 @@ class Transport:
     def _owned_by(self, rank: int, bucket: Sequence[str]) -> list[Key]:
         return [(name, side) for name in bucket for side in (A, G) if rank in self._owners(name, side)]
 
-    def _numbers(self, bucket: Sequence[str]) -> int:
-        return sum(self._packed_size(key) for key in self._owned_by(self.rank, bucket))
+    def _sizes(self, bucket: Sequence[str]) -> list[int]:
+        return [self._packed_size(key) for key in self._owned_by(self.rank, bucket)]
 
     def _seed(self, sender: int, receiver: int) -> int:
         """Returns what rounding at random starts from: another for every message."""
@@ -429,13 +429,13 @@ class Transport:
         # The gradient workers of a layer stand in the same place of their rows and must round alike.
         seed = self._seed(row.index(self.rank), 0)
         message = encode([solved[name].flatten() for name in by_sender[self.rank]], form, self.like, seed)
-        numbers = {rank: sum(self.shapes[name].gradient_elements for name in by_sender[rank]) for rank in row}
+        numbers = {rank: [self.shapes[name].gradient_elements for name in by_sender[rank]] for rank in row}
         sizes = [encoded_length(numbers[rank], form) for rank in row]
         received = self.collectives.exchange("gradients", row, [message] * len(row), sizes)()
         result: dict[str, Tensor] = {}
         for rank, chunk in zip(row, received, strict=True):
             everything = decode(chunk, numbers[rank], form, self.like.dtype)
-            parts = everything.split([self.shapes[name].gradient_elements for name in by_sender[rank]])
+            parts = everything.split(numbers[rank])
             for name, part in zip(by_sender[rank], parts, strict=True):
                 result[name] = part.reshape(self._matrix_shape(name)).to(self.held_in[name])
         return result
