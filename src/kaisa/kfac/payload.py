@@ -1,8 +1,8 @@
 """How numbers are written for the way: as they are, in a shorter type, or in 8 bits rounded at random.
 
 The 8-bit form keeps one scale for each block of 128 numbers of a factor or gradient and rounds x · 127 / max|x| up or
-down with the probability that makes the result right on average: E[decode(encode(x))] = x, within one step max|x| / 127 of the block. A sum over
-ranks averages the rounding out, and the running average of the factors does so over time.
+down with the probability that makes the result right on average: E[decode(encode(x))] = x, within one step max|x| / 127
+of the block. A sum over ranks averages the rounding out, and the running average of the factors does so over time.
 """
 
 from collections.abc import Sequence
