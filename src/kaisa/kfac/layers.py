@@ -465,8 +465,13 @@ class Norm(Layer):
 
     def statistics_of_some(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> Statistics:
         scale, shift = self._gradients(module, x, delta, examples)
-        by_channel = torch.stack((scale,) if self.bias is None else (scale, shift)).permute(2, 0, 1)
-        blocks = by_channel @ by_channel.mT
+        # Sums of products by element: a batched product would first have to bring the channels to the front.
+        squares = (scale * scale).sum(0)
+        if self.bias is None:
+            blocks = squares[:, None, None]
+        else:
+            mixed = (scale * shift).sum(0)
+            blocks = torch.stack((squares, mixed, mixed, (shift * shift).sum(0)), -1).unflatten(-1, (2, 2))
         return Statistics(blocks, blocks.new_ones(blocks.shape[0], 1, 1))
 
     def quadratic_in_delta(self, module: nn.Module) -> tuple[str, ...]:
@@ -477,7 +482,10 @@ class Norm(Layer):
         delta = delta[examples]
         if self.sharing == REDUCE and isinstance(module, nn.modules.batchnorm._BatchNorm):
             return _batch_norm_gradients(module, x, delta, examples)
-        product = self._normalized(module, x)[examples] * delta
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # normalises over the whole batch
+            product = self._normalized(module, x)[examples] * delta
+        else:
+            product = self._normalized(module, x[examples]) * delta
         if self._channels_last:
             product, delta = (part.reshape(part.shape[0], -1, self.weight.numel()) for part in (product, delta))
         else:
