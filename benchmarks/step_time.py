@@ -14,7 +14,7 @@ The average at (10, 100) is composed of these: 90 plain steps, 9 factor steps an
 the error of the preconditioned gradients against float64 arithmetic; and the floor, the operations of
 each phase over the measured rate of matrix products.
 
-    python benchmarks/step_time.py --output benchmarks/results/step_time_cpu.json
+    python benchmarks/step_time.py --output benchmarks/results/step_time.json
     python benchmarks/step_time.py --device cuda --dtype bf16
 
 Other libraries take part when they can be imported (requirements-peers.txt).
