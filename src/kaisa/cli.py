@@ -44,13 +44,13 @@ from kaisa.recipes.comparison import (
     start_comparison,
 )
 from kaisa.recipes.data import Data, read_data
-from kaisa.recipes.distributed import MODELS as PLACED_MODELS
 from kaisa.recipes.distributed import build_accounts, describe_account
 from kaisa.recipes.extras import load_extra
 from kaisa.recipes.options import Options
 from kaisa.recipes.progress import TerminalProgress
 from kaisa.recipes.record import FILE, Record
 from kaisa.recipes.report import build_table, conclude, draw_plot
+from kaisa.recipes.zoo import MODELS as PLANNED_MODELS
 
 FAILED = 1
 BAD_INPUT = 2
@@ -356,7 +356,7 @@ def _bench() -> None:
 
 @bench.command()
 def distributed(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(PLACED_MODELS)}.")] = "resnet20",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(PLANNED_MODELS)}.")] = "resnet20",
     world_size: Annotated[int, typer.Option(help="How many ranks.")] = 8,
     solver: Annotated[str, typer.Option(help="Eigen, cholesky, ekfac or sqrt_ekfac.")] = "eigen",
 ) -> int:

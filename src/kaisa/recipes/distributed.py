@@ -21,18 +21,7 @@ from kaisa.kfac.coverage import discover
 from kaisa.kfac.layers import EXPAND, REDUCE, LayerOptions
 from kaisa.kfac.placement import FactorShape, LayerShape, place
 from kaisa.kfac.solvers import EKFAC, Solver
-from kaisa.recipes.models import MODELS as IMAGE_MODELS
-from kaisa.recipes.models import encoder
-
-IMAGE = (3, 32, 32)
-CLASSES = 10
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    **{name: lambda build=build: build(IMAGE, CLASSES) for name, build in IMAGE_MODELS.items()},  # type: ignore[misc]
-    "bert-base": lambda: encoder(12, 768),
-    "bert-large": lambda: encoder(24, 1024),
-}
-"""Image models for 3 by 32 by 32 pixels and 10 classes, and the linear layers of BERT's encoders."""
+from kaisa.recipes.zoo import planned_model
 
 
 def build_accounts(model: str, world_size: int, solver: str = "eigen") -> list[Account]:
@@ -41,12 +30,11 @@ def build_accounts(model: str, world_size: int, solver: str = "eigen") -> list[A
     Raises:
         ConfigurationError: there is no such model or solver, or no such world.
     """
-    if model not in MODELS:
-        raise ConfigurationError(f"unknown model {model!r}; choose from {', '.join(MODELS)}")
+    planned = planned_model(model)
     if world_size < 1:
         raise ConfigurationError(f"world-size is {world_size}; give a whole number of at least 1")
     chosen = solvers.named(solver)
-    shapes = layer_shapes(MODELS[model])
+    shapes = layer_shapes(planned.build)
     counts = [count for count in range(world_size, 0, -1) if world_size % count == 0]
     return [account_of(shapes, world_size, workers, chosen) for workers in counts]
 
