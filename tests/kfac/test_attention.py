@@ -192,3 +192,11 @@ def test_a_forward_that_the_user_has_put_in_place_stays_and_is_not_watched() -> 
     assert reasons["attention"] == "its forward is replaced by one of the user's"
     assert calls == ["forward"]
     assert attention.forward is counted
+
+
+def test_attention_is_seen_under_a_default_device() -> None:
+    model = attending({"batch_first": True})
+    kfac = kaisa.KFACPreconditioner(model, **EVERY_STEP)
+    with torch.device("cpu"):
+        loss_of(model(*attention_inputs(model.attention, "self", BATCH))).backward()
+    assert set(kfac._capture.take()) == {f"attention.{part}" for part in PARTS}

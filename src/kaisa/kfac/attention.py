@@ -72,6 +72,8 @@ class RecordedForward:
         linear = _RecordingLinear(self.module, active)
         attention = _rebound(
             F.multi_head_attention_forward,
+            # With a default device torch would hand the call on to the function that does not record.
+            has_torch_function=lambda tensors: False,
             linear=linear,
             _in_projection=_rebound(vars(F)["_in_projection"], linear=linear),
             _in_projection_packed=_rebound(vars(F)["_in_projection_packed"], linear=linear),
