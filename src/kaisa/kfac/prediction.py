@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kaisa.kfac.account import Account
+from kaisa.kfac.account import Account, Sent, account
+from kaisa.kfac.footprint import footprint
 from kaisa.kfac.hardware import Hardware
-from kaisa.kfac.placement import Placement
-from kaisa.kfac.workload import Settings, Workload
+from kaisa.kfac.phases import Phases
+from kaisa.kfac.placement import LayerShape, Placement
+from kaisa.kfac.routes import is_worth_deferring
+from kaisa.kfac.shares import by_column, by_owner
+from kaisa.kfac.workload import SOLVERS, Settings, Workload, statistics_operations
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,10 @@ class Prediction:
 
     Attributes:
         workload, placement, hardware, settings: what it was predicted from.
+        is_deferred: whether statistics wait on their rank until decompositions are due.
         account: bytes and calls sent, by rank and kind, and bytes held.
         memory: bytes by rank and kind. Held between steps: "factors", "decompositions", "moments", "statistics" and
-            their "total". For a while: "batch statistics", "buffers" (messages), "preconditioned", "workspace". The
+            their "total". For a while: "batch statistics", "messages", "new decompositions", "preconditioned". The
             "peak" is the total and the most of what is there at one time.
         operations: by kind ("statistics", "decompose", "solve"), of the busiest rank, when the phase runs.
         seconds: of each phase when it runs: "model" (a step without K-FAC) and the phases that ``timings()`` tells:
@@ -30,6 +35,7 @@ class Prediction:
     placement: Placement
     hardware: Hardware
     settings: Settings
+    is_deferred: bool
     account: Account
     memory: tuple[Mapping[str, int], ...]
     operations: Mapping[str, float]
@@ -43,7 +49,22 @@ class Prediction:
     @property
     def peak(self) -> int:
         """Bytes that the fullest rank holds at the fullest time."""
-        return max(memory["peak"] for memory in self.memory)
+        return self.fullest["peak"]
+
+    @property
+    def fullest(self) -> Mapping[str, int]:
+        """The memory of the rank with the highest peak."""
+        return max(self.memory, key=lambda memory: memory["peak"])
+
+    @property
+    def bytes_a_step(self) -> float:
+        """Bytes that the busiest rank sends in a step, on average over many."""
+        settings, sent = self.settings, self.account
+        rows = zip(sent.every_step, sent.factor_step, sent.inverse_step, strict=True)
+        return max(
+            _bytes(every) + _bytes(factor) / settings.factor_update_steps + _bytes(inverse) / settings.inv_update_steps
+            for every, factor, inverse in rows
+        )
 
 
 def predict(workload: Workload, placement: Placement, hardware: Hardware, settings: Settings) -> Prediction:
@@ -54,5 +75,62 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
         placement: who does what.
         hardware: the machine.
         settings: how K-FAC was told to work.
+
+    Raises:
+        ConfigurationError: the profile has no times for the solver.
     """
-    raise NotImplementedError
+    solver, waits = SOLVERS[settings.solver], is_deferred(settings, placement, workload)
+    sent = account(
+        placement,
+        workload.shapes,
+        solver.held,
+        sizes=settings.sizes,
+        has_moments=solver.has_moments,
+        damps_factors=solver.damps_factors,
+        deferred=waits,
+    )
+    phases = Phases(workload, hardware, settings, sent, waits)
+    plain, factor, inverse, average = phases.steps()
+    shapes = workload.shapes
+    operations = {
+        "statistics": settings.accumulation_steps * sum(map(statistics_operations, workload.layers)),
+        "decompose": max(by_owner(placement, shapes, lambda factor: solver.operations * factor.work)),
+        "solve": max(by_column(placement, shapes, lambda shape: _solve_operations(shape, solver.products))),
+    }
+    return Prediction(
+        workload=workload,
+        placement=placement,
+        hardware=hardware,
+        settings=settings,
+        is_deferred=waits,
+        account=sent,
+        memory=footprint(sent, shapes, settings, solver),
+        operations=operations,
+        seconds=phases.seconds,
+        parts=phases.parts,
+        plain_step=plain,
+        factor_step=factor,
+        inverse_step=inverse,
+        average_step=average,
+    )
+
+
+def is_deferred(settings: Settings, placement: Placement, workload: Workload) -> bool:
+    """Says whether statistics wait on their rank until decompositions are due."""
+    if placement.world_size == 1 or settings.spread:
+        return False
+    return (
+        is_worth_deferring(placement.world_size, placement.workers, workload.shapes)
+        if settings.deferred is None
+        else settings.deferred
+    )
+
+
+def _solve_operations(shape: LayerShape, products: int) -> float:
+    _, out, size = shape.gradient
+    inner = (not shape.g.is_diagonal) * out + (not shape.a.is_diagonal) * size
+    return 2.0 * products * inner * shape.gradient_elements
+
+
+def _bytes(sent: Mapping[str, Sent]) -> int:
+    return sum(part.bytes for part in sent.values())

@@ -7,24 +7,19 @@ multiplication each counted:
     solve           4 (g² a + g a²)         two rotations there and two back; Cholesky half of it
     decompose       9 n³ a factor           Householder tridiagonalisation, QR and back-transformation; Cholesky n³
 
-A convolution of stride 1 with k taps along a dimension needs c² products at k (2k - 1) shifts a dimension instead of
-those of (c k)² pairs.
+A convolution of stride 1 with k × k taps needs c² products at k (2k - 1) shifts instead of those of (c k²)² pairs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kaisa.errors import ConfigurationError
+from kaisa.kfac.account import Sizes
 from kaisa.kfac.placement import FactorShape, LayerShape
 
-FORMS: dict[str | None, float] = {
-    None: 1.0,
-    "float32": 4.0,
-    "bfloat16": 2.0,
-    "float16": 2.0,
-    "int8": 1.0 + 4 / 128,
-}
-"""Bytes of a number in a form of payload; None stands for the type that it is held in."""
+FORMS: dict[str | None, int | str | None] = {None: None, "float32": 4, "bfloat16": 2, "float16": 2, "int8": "int8"}
+"""Bytes of a number in a form of payload; None for the type that it is held in."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,8 @@ class LayerWork:
 
     Attributes:
         shape: of its factors and its gradient.
-        rows: rows of a and of delta that enter the statistics of one micro-batch on one rank.
+        rows: rows of a and of delta that enter the statistics of one micro-batch on one rank; of a normalisation, all
+            positions of all examples.
         kind: "linear", "convolution", "embedding", "norm" or what else it is called in a report.
         kernel: taps along each dimension of a convolution of stride 1; empty for all else.
         operations: of the statistics of one micro-batch, where they are known better than by the formulas above.
@@ -82,6 +78,7 @@ class SolverWork:
         products: matrix products with a factor-sized matrix a side in one solve.
         table: the name of its decomposition times in a hardware profile.
         operations: of a decomposition, times n³.
+        damps_factors: whether it damps the factors one by one.
     """
 
     held: Callable[[FactorShape], int]
@@ -89,6 +86,7 @@ class SolverWork:
     products: int = 2
     table: str = "eigen"
     operations: float = 9.0
+    damps_factors: bool = False
 
 
 def _eigenpairs(factor: FactorShape) -> int:
@@ -104,7 +102,7 @@ SOLVERS = {
     "warm_eigen": SolverWork(_eigenpairs, table="warm_eigen", operations=6.0),
     "ekfac": SolverWork(_eigenpairs, has_moments=True),
     "sqrt_ekfac": SolverWork(_eigenpairs, has_moments=True),
-    "cholesky": SolverWork(_inverse, products=1, table="cholesky", operations=1.0),
+    "cholesky": SolverWork(_inverse, products=1, table="cholesky", operations=1.0, damps_factors=True),
 }
 
 
@@ -146,6 +144,36 @@ class Settings:
         if self.solver not in SOLVERS:
             raise ConfigurationError(f"the planner knows no solver {self.solver!r}; give one of {', '.join(SOLVERS)}")
         for name in ("statistics", "gradients"):
-            if getattr(self, name) not in FORMS:
-                known = ", ".join(repr(form) for form in FORMS)
-                raise ConfigurationError(f"Settings.{name} is {getattr(self, name)!r}; give one of {known}")
+            form = getattr(self, name)
+            if form not in FORMS:
+                raise ConfigurationError(f"Settings.{name} is {form!r}; give one of {', '.join(map(repr, FORMS))}")
+
+    @property
+    def sizes(self) -> Sizes:
+        """Bytes of the numbers of each kind."""
+        return Sizes(
+            FORMS[self.statistics] or self.factor_bytes,
+            FORMS[self.gradients] or self.decomposition_bytes,
+            self.factor_bytes,
+            self.decomposition_bytes,
+            self.bucket_bytes,
+        )
+
+
+def statistics_operations(layer: LayerWork) -> float:
+    """Returns the additions and multiplications of one micro-batch's statistics."""
+    if layer.operations is not None:
+        return layer.operations
+    shape, rows = layer.shape, layer.rows
+    if layer.kind == "norm":
+        return 10.0 * rows * shape.gradient[0]
+    a = _moment_operations(shape.a, rows)
+    if layer.kernel and not shape.a.is_diagonal:
+        taps = math.prod(layer.kernel)
+        shifts = math.prod(layer.kernel[:1]) * math.prod(2 * k - 1 for k in layer.kernel[1:])
+        a = min(a, 2.0 * rows * shape.a.blocks * (shape.a.size / taps) ** 2 * shifts)
+    return a + _moment_operations(shape.g, rows)
+
+
+def _moment_operations(factor: FactorShape, rows: int) -> float:
+    return 2.0 * rows * factor.blocks * factor.size * (1 if factor.is_diagonal else factor.size)
