@@ -6,9 +6,11 @@ assertion. Everything is float64; the reference is the same run of one process.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -405,6 +407,152 @@ def test_patience_at_its_end_on_one_rank_is_an_error_on_all(monkeypatch: pytest.
             raise failure
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_patience_at_its_end_later_on_is_an_error_on_all_at_the_next_decomposition(
+    monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    seen: Counter[str] = Counter()
+
+    def all_but_the_first(matrix: Tensor) -> bool:
+        if matrix.shape[-1] != 11:
+            return False
+        seen["first"] += 1
+        return seen["first"] > 1
+
+    _failing_on(monkeypatch, all_but_the_first)
+    make = equal_shares(4, grad_worker_fraction=workers / 4, patience=2, inv_update_steps=1)
+
+    def main(collectives: Simulated) -> None:
+        rank_run = make(collectives)
+        runs.append(rank_run)
+        rank_run()
+
+    runs: list[Run] = []
+    _, failures = run_all(4, main)
+    assert sorted(failures) == [0, 1, 2, 3]
+    # Decomposed in step 0, failed in 1 and 2, told with the statistics of 3.
+    assert [rank_run.kfac.steps for rank_run in runs if rank_run.kfac] == [3] * 4
+    for failure in failures.values():
+        with pytest.raises(DecompositionError, match="'first'"):
+            raise failure
+
+
+# ------------------------------------------------------------------------------------------------ deferred statistics
+
+
+def deferring(world_size: int, **options: Any) -> Callable[[Simulated], Run]:
+    """Ranks whose statistics wait for the next decomposition, on a network without tied weights."""
+    make = equal_shares(world_size, **options)
+
+    def of_rank(collectives: Simulated) -> Run:
+        rank_run = make(collectives)
+        return replace(rank_run, model=lambda: network(is_tied=False))
+
+    return of_rank
+
+
+def untied(**options: Any) -> dict[str, Tensor]:
+    return Run(options, lambda step: [batch(step)], model=lambda: network(is_tied=False))()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("intervals", [(1, 3), (1, 4), (2, 3), (2, 1)], ids=str)
+def test_statistics_that_wait_make_the_same_factors(solver: str, workers: int, intervals: tuple[int, int]) -> None:
+    options = {"solver": solver, "factor_update_steps": intervals[0], "inv_update_steps": intervals[1]}
+    found, ranks = of_ranks(
+        4, deferring(4, **options, grad_worker_fraction=workers / 4, payload=Payload(deferred=True))
+    )
+    assert distance(found[0], untied(**options)) < TOLERANCE.get(solver, 1e-11)
+    assert [collectives.calls["statistics"] for collectives in ranks] == [2 if intervals[1] > 1 else 3] * 4
+
+
+def test_a_decay_that_changes_from_step_to_step_is_followed_while_statistics_wait() -> None:
+    options = {"inv_update_steps": 3, "factor_decay": lambda step: 0.5 + 0.1 * step}
+    found, _ = of_ranks(4, deferring(4, **options))
+    assert distance(found[0], untied(**options)) < 1e-11
+
+
+def test_statistics_wait_at_comm_opt_alone_unless_a_weight_is_tied_or_inverses_are_spread() -> None:
+    def exchanges(make: Callable[..., Any], **options: Any) -> int:
+        _, ranks = of_ranks(2, make(2, inv_update_steps=5, **options))
+        return ranks[0].calls["statistics"]
+
+    assert exchanges(deferring) == 1
+    assert exchanges(deferring, grad_worker_fraction="mem") == STEPS
+    assert exchanges(deferring, spread_inverses=True) == STEPS
+    assert exchanges(deferring, payload=Payload(deferred=False)) == STEPS
+    assert exchanges(equal_shares) == STEPS  # whose network has a tied weight
+    assert exchanges(equal_shares, payload=Payload(deferred=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"spread_inverses": True}, "spread_inverses"), ({"solver": EKFAC(per_example=True)}, "per-example EKFAC")],
+)
+def test_deferral_is_refused_where_statistics_are_needed_on_every_factor_step(
+    options: dict[str, Any], reason: str
+) -> None:
+    make = deferring(2, payload=Payload(deferred=True), **options)
+    _, failures = run_all(2, lambda collectives: make(collectives)())
+    assert sorted(failures) == [0, 1]
+    with pytest.raises(ConfigurationError, match=reason):
+        raise failures[0]
+
+
+def test_unequal_batches_wait_as_well() -> None:
+    sizes = [20, 5, 16, 7]
+    make = unequal_shares(sizes, inv_update_steps=3)
+    found, _ = of_ranks(4, lambda ranks: replace(make(ranks), model=lambda: network(is_tied=False)))
+    one = Run(
+        {"accumulation_steps": 4, "inv_update_steps": 3},
+        lambda step: batch(step).split(sizes),
+        model=lambda: network(is_tied=False),
+    )
+    assert distance(found[0], one()) < 1e-11
+
+
+def test_what_is_not_finite_on_one_rank_is_left_out_and_the_others_count() -> None:
+    def main(collectives: Simulated) -> kaisa.KFACPreconditioner:
+        rank_run = replace(
+            deferring(2, inv_update_steps=4)(collectives),
+            spoilt=frozenset({(2, 0)} if collectives.rank else {(-1, 0)}),
+        )
+        rank_run()
+        assert rank_run.kfac is not None
+        return rank_run.kfac
+
+    for kfac in run(2, main):
+        assert kfac.factors
+        assert all(torch.isfinite(factor).all() for pair in kfac.factors.values() for factor in pair)
+        assert all(torch.isfinite(parameter).all() for parameter in kfac._model.parameters())
+
+
+def test_factors_brought_up_to_date_between_steps_change_nothing() -> None:
+    def main(collectives: Simulated, is_reducing: bool) -> dict[str, Tensor]:
+        rank_run = deferring(2, inv_update_steps=4)(collectives)
+        if is_reducing:
+            rank_run = replace(rank_run, after_step=lambda kfac: kfac.reduce_statistics())
+        return rank_run()
+
+    plain, reduced = (run(2, lambda ranks, flag=flag: main(ranks, flag)) for flag in (False, True))
+    assert 0 < distance(plain[0], reduced[0]) < 1e-11
+    assert distance(reduced[0], untied(inv_update_steps=4)) < 1e-11
+
+
+def test_a_rank_goes_on_from_its_state_while_statistics_wait() -> None:
+    def main(collectives: Simulated) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        def reload(kfac: kaisa.KFACPreconditioner) -> None:
+            assert kfac.memory_usage()["statistics"] > 0 or kfac.steps in (1, 5)
+            kfac.load_state_dict(copy.deepcopy(kfac.state_dict()))
+
+        rank_run = deferring(2, inv_update_steps=4)(collectives)
+        return rank_run(), replace(rank_run, after_step=reload)()
+
+    for first, second in run(2, main):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 # ---------------------------------------------------------------------------------------------------- exact accounts
 
 NUMBER = 8  # bytes in float64
@@ -446,22 +594,24 @@ def _owners(placement: Placement, name: str) -> tuple[tuple[int, ...], tuple[int
     return placement[name].a_owners, placement[name].g_owners
 
 
-def _bytes_sent(placement: Placement, rank: int, solver: str, factor_steps: int, inverse_steps: int) -> Counter[str]:
+def _bytes_sent(placement: Placement, rank: int, solver: str, exchanges: int, inverse_steps: int) -> Counter[str]:
     """What a rank sends in ``STEPS`` steps, written down once more from the shapes alone."""
     size, length = placement.world_size, placement.world_size // placement.workers
     sent: Counter[str] = Counter()
     for name, (uses, _, _, gradient) in SHAPES.items():
         for side, owners in zip(_sides(name), _owners(placement, name), strict=True):
             others = sum(owner != rank for owner in owners)
-            sent["statistics"] += factor_steps * NUMBER * uses * _triangle(side) * others
+            sent["statistics"] += exchanges * NUMBER * uses * _triangle(side) * others
             if owners == (rank,):
                 copies = placement.workers - 1
                 sent["decompositions"] += inverse_steps * NUMBER * _decomposed(side, solver) * copies
         if rank in placement[name].gradient_workers:
             sent["gradients"] += STEPS * NUMBER * gradient * (length - 1)
-    sent["counts"] = factor_steps * NUMBER * 3 * len(SHAPES)
-    blocks = {"grouped": 2, "norm": 6}
-    sent["status"] = inverse_steps * NUMBER * sum(2 * blocks.get(name, 1) + 1 + 2 for name in SHAPES)
+    sent["statistics"] += exchanges * (size - 1) * NUMBER * (3 * len(SHAPES) + 1)  # the headers
+    sent["status"] = NUMBER * 2 * len(SHAPES)  # once: which layers could not be decomposed
+    if solver == "cholesky":
+        blocks = {"grouped": 2, "norm": 6}
+        sent["status"] += inverse_steps * NUMBER * sum(2 * blocks.get(name, 1) for name in SHAPES)
     assert size > 1
     return +sent
 
@@ -469,7 +619,12 @@ def _bytes_sent(placement: Placement, rank: int, solver: str, factor_steps: int,
 @pytest.mark.parametrize(("world_size", "workers"), [grid for grid in GRIDS if grid[0] < 8])
 @pytest.mark.parametrize(
     ("solver", "placing"),
-    [("eigen", {}), ("cholesky", {"colocate_factors": True}), ("eigen", {"local_below": 7})],
+    [
+        ("eigen", {}),
+        ("cholesky", {"colocate_factors": True}),
+        ("eigen", {"local_below": 7}),
+        ("eigen", {"payload": Payload(deferred=True)}),
+    ],
     ids=str,
 )
 def test_bytes_calls_and_memory_follow_the_placement_exactly(
@@ -487,19 +642,19 @@ def test_bytes_calls_and_memory_follow_the_placement_exactly(
     placements = [kfac.placement for _, kfac in results]
     assert all(placement == placements[0] for placement in placements)
     assert placements[0].workers == workers
-    factor_steps, inverse_steps = 5, 3
+    inverse_steps = 3
+    exchanges = inverse_steps if "payload" in placing else STEPS
     for rank, (collectives, kfac) in enumerate(results):
         placement = kfac.placement
         # Once, at the start: a number for each fact in which the ranks must agree.
         assert collectives.calls.pop("digest") == 1
         assert collectives.bytes_sent.pop("digest") % (NUMBER * (world_size - 1)) == 0
-        assert collectives.bytes_sent == _bytes_sent(placement, rank, solver, factor_steps, inverse_steps)
+        assert collectives.bytes_sent == _bytes_sent(placement, rank, solver, exchanges, inverse_steps)
         worked = [name for name in SHAPES if rank in placement[name].gradient_workers]
         sends = any(len(owners) == 1 for name in worked for owners in _owners(placement, name))
         calls = {
-            "statistics": factor_steps,
-            "counts": factor_steps,
-            "status": 2 * inverse_steps,
+            "statistics": exchanges,
+            "status": 1 + inverse_steps * (solver == "cholesky"),
             "decompositions": inverse_steps * (workers > 1 and sends),
             "gradients": STEPS * (workers < world_size),
         }
@@ -540,8 +695,16 @@ def test_statistics_travel_in_as_many_messages_as_buckets(bucket_bytes: int, mes
 
 def test_a_half_payload_halves_the_bytes() -> None:
     payload = Payload(statistics=torch.float32, gradients=torch.float32)
+    headers = {"statistics": STEPS * 3 * NUMBER * (3 * len(SHAPES) + 1), "gradients": 0}
     _, whole = of_ranks(4, equal_shares(4, grad_worker_fraction=0.5))
     _, half = of_ranks(4, equal_shares(4, grad_worker_fraction=0.5, payload=payload))
     for first, second in zip(whole, half, strict=True):
         for kind in ("statistics", "gradients"):
-            assert 2 * second.bytes_sent[kind] == first.bytes_sent[kind]
+            assert 2 * (second.bytes_sent[kind] - headers[kind]) == first.bytes_sent[kind] - headers[kind]
+
+
+@pytest.mark.parametrize(("bucket_bytes", "messages"), [(25 * 2**20, 1), (1, 6)])  # embedding and last are alike
+def test_gradients_travel_in_messages_of_whole_groups_of_equal_shape(bucket_bytes: int, messages: int) -> None:
+    payload = Payload(bucket_bytes=bucket_bytes)
+    _, ranks = of_ranks(2, equal_shares(2, payload=payload, grad_worker_fraction="mem"))
+    assert [collectives.calls["gradients"] for collectives in ranks] == [STEPS * messages] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from kaisa.errors import ConfigurationError
 from kaisa.kfac import LayerOptions
 from kaisa.kfac.coverage import discover
-from kaisa.kfac.placement import FactorShape, LayerShape, Placement, gradient_workers, place
+from kaisa.kfac.placement import FactorShape, LayerShape, LocalRule, Placement, gradient_workers, place
 
 SETTINGS = settings(max_examples=50, deadline=None)
 
@@ -32,6 +33,10 @@ def layers(draw: st.DrawFn) -> list[LayerShape]:
         a, g = draw(factors), draw(factors)
         shapes.append(LayerShape(name, a, g, (1, g.size, a.size), uses=draw(st.sampled_from([1, 1, 2]))))
     return shapes
+
+
+def square(name: str, size: int) -> LayerShape:
+    return LayerShape(name, FactorShape(size), FactorShape(size), (1, size, size))
 
 
 @st.composite
@@ -254,3 +259,65 @@ def test_shapes_known_beforehand_are_those_of_the_statistics() -> None:
         assert (sums.a.numel(), sums.g.numel()) == (shape.a.elements, shape.g.elements)
         assert layer.values().numel() == shape.gradient_elements
         assert shape.has_blocks == (layer.values().ndim == 3)
+
+
+# ----------------------------------------------------------------------------------------------- machines of the ranks
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ranks_per_node", "workers", "fits"),
+    [(8, 4, 4, True), (8, 4, 2, True), (8, 4, 1, False), (12, 4, 4, False), (12, 4, 6, True), (6, 1, 6, True)],
+)
+def test_rows_stay_in_nodes_where_no_row_has_ranks_of_two(
+    world_size: int, ranks_per_node: int, workers: int, fits: bool
+) -> None:
+    placement = place([square("layer", 4)], world_size, workers, ranks_per_node=ranks_per_node)
+    crossing = [row for row in placement.rows if len({rank // ranks_per_node for rank in row}) > 1]
+    assert placement.rows_stay_in_nodes == (not crossing) == fits
+
+
+def test_hybrid_takes_rows_that_stay_in_a_node() -> None:
+    assert gradient_workers("hybrid", 12) == 6
+    assert gradient_workers("hybrid", 12, ranks_per_node=3) == 4  # rows of 3, because rows of 2 would cross
+    assert gradient_workers("hybrid", 12, ranks_per_node=4) == 6
+    assert gradient_workers("hybrid", 4, ranks_per_node=1) == 2  # no row fits
+
+
+def test_the_drawing_shows_where_another_machine_begins() -> None:
+    placement = place([square("layer", 4)], 8, 2, ranks_per_node=2)
+    assert str(placement) == "| 0 1 : 2 3 |\n| 4 5 : 6 7 |"
+
+
+@pytest.mark.parametrize("ranks_per_node", [0, -1, 3, 2.0, True])
+def test_machines_that_the_ranks_do_not_fill_are_refused(ranks_per_node: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"ranks_per_node is .*, which 8 ranks do not fill; give "):
+        place([square("layer", 4)], 8, 2, ranks_per_node=ranks_per_node)
+
+
+# --------------------------------------------------------------------------------------------------- the local rule
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 64])
+@pytest.mark.parametrize("exchanges", [1.0, 2.0, 10.0])
+@pytest.mark.parametrize("size", [1, 2, 5, 20, 100, 1000])
+def test_a_factor_is_decomposed_locally_where_the_whole_world_loses_less_time(
+    size: int, exchanges: float, workers: int
+) -> None:
+    rule = LocalRule(exchanges, per_byte=2e-9, per_operation=1e-10, overhead=1e-6)
+    decomposing = 1e-6 + 1e-10 * size**3
+    triangle, decomposition = 4 * size * (size + 1) / 2, 4 * (size**2 + size)
+    # Seconds of one rank: its share of the decompositions, and of what it sends, in an interval of decompositions.
+    sent = decomposing / workers + 2e-9 * ((workers - 1) * decomposition + exchanges * triangle)
+    local = decomposing + 2e-9 * exchanges * workers * triangle
+    assert rule.is_cheaper_locally(FactorShape(size), workers) == (workers > 1 and local < sent)
+
+
+def test_the_rule_gives_small_factors_to_all_gradient_workers() -> None:
+    rule = LocalRule(1.0, per_byte=1e-8, overhead=1e-6)
+    placement = place([square("layer", 4), square("wide", 3000)], 8, 4, local_rule=rule)
+    assert placement["layer"].a_owners == placement["layer"].gradient_workers
+    assert len(placement["wide"].a_owners) == 1
+
+
+def test_statistics_that_travel_often_leave_nothing_to_gain_locally() -> None:
+    assert not any(LocalRule(2.0).is_cheaper_locally(FactorShape(size), 512) for size in range(1, 3000, 7))

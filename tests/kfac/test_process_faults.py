@@ -84,7 +84,7 @@ def test_ranks_built_differently_are_told_what_differs_at_construction(tmp_path:
         "other_depth": "layers, parameters",
         "other_parameters": "parameters",
         "other_options": "factor_update_steps",
-        "other_fraction": "placement",
+        "other_fraction": "placement, deferred",
         "other_seed": "seed",
     }
     # Of four ranks, because two fractions of two ranks make the same groups.

@@ -58,7 +58,7 @@ def test_owners_get_the_sum_of_all_ranks_and_nobody_else_gets_anything(
 ) -> None:
     def main(collectives: Simulated) -> None:
         own = transport(collectives, workers, Payload(bucket_bytes=bucket_bytes), **placing)
-        sums, counts = own.reduce({shape.name: statistics(shape, collectives.rank) for shape in SHAPES})
+        sums, counts = own.reduction({shape.name: statistics(shape, collectives.rank) for shape in SHAPES})
         for shape in SHAPES:
             everything = [statistics(shape, rank) for rank in range(4)]
             assert float(counts[shape.name].positions) == sum(part.positions for part in everything) == 18
@@ -79,7 +79,7 @@ def test_a_layer_that_a_rank_has_not_used_counts_as_zeros() -> None:
     def main(collectives: Simulated) -> None:
         own = transport(collectives, 1)
         local = {"dense": statistics(SHAPES[0], 1)} if collectives.rank == 1 else {}
-        sums, counts = own.reduce(local)
+        sums, counts = own.reduction(local)
         if own.owns("dense", 0):
             torch.testing.assert_close(sums["dense"].a, statistics(SHAPES[0], 1).a)
         assert float(counts["dense"].examples) == 2
@@ -95,7 +95,7 @@ def test_what_is_not_finite_on_one_rank_is_known_to_all(side: int) -> None:
         local = {shape.name: statistics(shape, collectives.rank) for shape in SHAPES}
         if collectives.rank == 1:
             (local["blocks"].g if side else local["blocks"].a)[0, 0, 0] = float("inf")
-        _, counts = transport(collectives, 1).reduce(local)
+        _, counts = transport(collectives, 1).reduction(local)
         return {name: bool(count.is_finite) for name, count in counts.items()}
 
     expected = {"dense": True, "blocks": False, "diagonal": True, "tied": True}
@@ -108,9 +108,11 @@ def test_buckets_that_go_early_on_some_ranks_give_the_same_sums(bucket_bytes: in
         own = transport(collectives, 1, Payload(bucket_bytes=bucket_bytes))
         local = {shape.name: statistics(shape, collectives.rank) for shape in SHAPES}
         if is_early and collectives.rank == 1:
-            own.send_next(lambda name: name != "dense", lambda names: {name: local.pop(name) for name in names})
+            own.reduction.send_next(
+                lambda name: name != "dense", lambda names: {name: local.pop(name) for name in names}
+            )
             assert len(local) < len(SHAPES) or bucket_bytes > 100
-        return own.reduce(local)[0]
+        return own.reduction(local)[0]
 
     early, late = (run(2, lambda ranks, is_early=is_early: main(ranks, is_early)) for is_early in (True, False))
     for first, second in zip(early, late, strict=True):
@@ -126,8 +128,10 @@ def test_what_comes_after_its_bucket_has_gone_is_added_to_the_next_sums() -> Non
         totals = []
         for _ in range(2):
             sent = {shape.name: statistics(shape, 0) for shape in SHAPES}
-            own.send_next(lambda name: True, lambda names, sent=sent: {name: sent.pop(name) for name in names})
-            _, counts = own.reduce({"tied": statistics(SHAPES[3], 0)})  # used once more than was expected
+            own.reduction.send_next(
+                lambda name: True, lambda names, sent=sent: {name: sent.pop(name) for name in names}
+            )
+            _, counts = own.reduction({"tied": statistics(SHAPES[3], 0)})  # used once more than was expected
             totals.append(float(counts["tied"].examples))
         return totals[0], totals[1]
 
@@ -172,7 +176,7 @@ def test_every_rank_gets_all_preconditioned_gradients(workers: int, names: list[
 
     def main(collectives: Simulated) -> None:
         own = transport(collectives, workers)
-        found = own.spread(names, {name: gradient(name) for name in names if own.is_gradient_worker(name)})
+        found = own.spread(names, {name: gradient(name) for name in names if own.is_gradient_worker(name)})()
         assert sorted(found) == sorted(names)
         assert all(torch.equal(found[name], gradient(name)) for name in names)
 
@@ -183,7 +187,7 @@ def test_rounded_gradients_are_the_same_bits_on_all_ranks_also_on_the_sender() -
     def main(collectives: Simulated) -> torch.Tensor:
         own = transport(collectives, 1, Payload(gradients=torch.bfloat16))
         exact = torch.full((2, 3), 1 / 3, dtype=torch.float64)
-        return own.spread(["dense"], {"dense": exact} if own.is_gradient_worker("dense") else {})["dense"]
+        return own.spread(["dense"], {"dense": exact} if own.is_gradient_worker("dense") else {})()["dense"]
 
     for found in run(2, main):
         assert torch.equal(found, torch.full((2, 3), 1 / 3).bfloat16().double())

@@ -22,10 +22,11 @@ import kaisa
 from kaisa.cli import _agreed
 from kaisa.errors import ConfigurationError, DataError, KaisaError
 from kaisa.kfac import solvers
-from kaisa.kfac.account import Account, Sent, Sizes, account, count_messages
+from kaisa.kfac.account import Account, Sent, Sizes, account
 from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import FactorShape, LayerShape, place
+from kaisa.kfac.routes import Routes
 from kaisa.recipes.batches import Batches
 from kaisa.recipes.distributed import (
     account_of,
@@ -35,7 +36,7 @@ from kaisa.recipes.distributed import (
     numbers_held_by,
     summarize_account,
 )
-from tests.support.world import run
+from tests.support.world import Simulated, run
 
 WORLDS = [(world, workers) for world in (1, 2, 4, 8) for workers in (1, 2, 4, 8) if workers <= world]
 SOLVERS = ("eigen", "cholesky", "ekfac")
@@ -64,12 +65,13 @@ def measure(ranks: Collectives, model: nn.Module, workers: int, solver: str) -> 
         solver=solver,
         grad_worker_fraction=workers / ranks.world_size,
         collectives=ranks,
-        payload=Payload(bucket_bytes=1000),
+        payload=Payload(bucket_bytes=1000, deferred=False),
     )
-    bytes_before, calls_before = Counter(ranks.bytes_sent), Counter(ranks.calls)
     inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(ranks.rank))
-    functional.cross_entropy(model(inputs), torch.arange(8) % 3).backward()
-    kfac.step()
+    for _ in range(2):  # of which the second is like all others
+        bytes_before, calls_before = Counter(ranks.bytes_sent), Counter(ranks.calls)
+        functional.cross_entropy(model(inputs), torch.arange(8) % 3).backward()
+        kfac.step()
     sent = {
         kind: Sent(ranks.bytes_sent[kind] - bytes_before[kind], ranks.calls[kind] - calls_before[kind])
         for kind in ranks.calls
@@ -91,10 +93,34 @@ def test_the_formulas_are_what_ranks_send_and_hold(world: int, workers: int, sol
         numbers_held_by(solvers.named(solver)),
         sizes=Sizes(bucket=1000),
         has_moments=solver == "ekfac",
+        damps_factors=solver == "cholesky",
     )
     for rank, (sent, held) in enumerate(results):
         assert sent == {**told.factor_step[rank], **told.inverse_step[rank], **told.every_step[rank]}
-        assert held == told.memory[rank]
+        assert {**held, "statistics": 0} == told.memory[rank]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_waits_on_a_rank_is_in_the_formulas(world: int) -> None:
+    whole = small_model()
+
+    def waiting(ranks: Simulated) -> tuple[int, Counter[str]]:
+        model = deepcopy(whole)
+        kfac = kaisa.KFACPreconditioner(model, factor_update_steps=1, lr=0.1, collectives=ranks)
+        inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(ranks.rank))
+        for _ in range(2):
+            calls_before = Counter(ranks.calls)
+            functional.cross_entropy(model(inputs), torch.arange(8) % 3).backward()
+            kfac.step()
+        return kfac.memory_usage()["statistics"], Counter(ranks.calls) - calls_before
+
+    shapes = layer_shapes(small_model)
+    told = account(place(shapes, world, world), shapes, numbers_held_by(solvers.named("eigen")), deferred=True)
+    for rank, (held, calls) in enumerate(run(world, waiting)):
+        assert held == told.memory[rank]["statistics"] > 0
+        assert calls == Counter()
+        assert told.factor_step[rank] == {}
+        assert told.inverse_step[rank]["statistics"].bytes > 0
 
 
 def totals(figures: Account, part: str, kind: str) -> int:
@@ -125,18 +151,26 @@ def test_one_rank_sends_nothing() -> None:
 def test_a_hand_made_layer_is_counted_by_hand() -> None:
     shapes = [LayerShape("layer", FactorShape(3), FactorShape(2), (1, 2, 3))]
     figures = account(place(shapes, 2, 1), shapes, lambda shape: shape.size + shape.size**2)
-    assert figures.factor_step[0]["statistics"] == Sent(0, 1)
-    assert figures.factor_step[1]["statistics"] == Sent(4 * (6 + 3), 1)
+    assert figures.factor_step[0]["statistics"] == Sent(8 * 4, 1)
+    assert figures.factor_step[1]["statistics"] == Sent(8 * 4 + 4 * (6 + 3), 1)
     assert figures.every_step[0]["gradients"] == Sent(4 * 6, 1)
     assert figures.every_step[1]["gradients"] == Sent(0, 1)
-    assert figures.memory[0] == {"factors": 4 * 13, "decompositions": 4 * 18, "moments": 0, "total": 4 * 31}
+    assert figures.memory[0] == {
+        "factors": 4 * 13,
+        "decompositions": 4 * 18,
+        "moments": 0,
+        "statistics": 0,
+        "total": 4 * 31,
+    }
     assert figures.memory[1]["total"] == 0
 
 
 @pytest.mark.parametrize(("bucket", "messages"), [(1, 3), (100, 2), (10_000, 1)])
 def test_messages_are_filled_from_the_last_layer_on(bucket: int, messages: int) -> None:
     shapes = [LayerShape(str(index), FactorShape(4), FactorShape(2), (1, 2, 4)) for index in range(3)]
-    assert count_messages(shapes, bucket) == messages
+    routes = Routes(place(shapes, 2, 1), tuple(shapes), bucket)
+    assert [name for names in routes.statistics_buckets for name in names] == ["2", "1", "0"]
+    assert len(routes.statistics_buckets) == messages
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet20", "resnet32", "bert-base"])

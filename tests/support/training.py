@@ -20,7 +20,7 @@ CLASSES = 7
 class Network(nn.Module):
     """Convolutions, a tied embedding, a norm, and layers of equal shape, one of them used at will."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_tied: bool = True) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(2, 4, 2, padding=1)
         self.grouped = nn.Conv2d(4, 4, 2, padding=1, groups=2, bias=False)
@@ -32,7 +32,8 @@ class Network(nn.Module):
         self.third = nn.Linear(6, 6)
         self.last = nn.Linear(6, 4)
         self.head = nn.Linear(4, CLASSES, bias=False)
-        self.head.weight = self.embedding.weight
+        if is_tied:
+            self.head.weight = self.embedding.weight
 
     def forward(self, images: Tensor, tokens: Tensor, with_optional: bool = True) -> Tensor:
         x = torch.tanh(self.convolution(images))
@@ -46,9 +47,9 @@ class Network(nn.Module):
         return self.head(self.last(x))
 
 
-def network() -> Network:
+def network(*, is_tied: bool = True) -> Network:
     """Returns the same network to every rank, whatever its thread has drawn before."""
-    model = Network().double()
+    model = Network(is_tied=is_tied).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,6 +99,8 @@ class Run:
         parts: step → the micro-batches of this rank.
         with_optional: micro-batch → whether it uses the optional layer.
         spoilt: (step, micro-batch) pairs whose loss is not a number.
+        model: makes the network.
+        after_step: called with the preconditioner between two steps.
         average: gives every rank the mean of all ranks' gradients; None where DDP does, or one process needs none.
     """
 
@@ -106,6 +109,8 @@ class Run:
     with_optional: Callable[[int], bool] = lambda part: True
     spoilt: frozenset[tuple[int, int]] = frozenset()
     average: Callable[[Tensor], Tensor] | None = None
+    model: Callable[[], nn.Module] = network
+    after_step: Callable[[kaisa.KFACPreconditioner], None] = lambda kfac: None
     kfac: kaisa.KFACPreconditioner | None = field(default=None, init=False)
 
     def __call__(
@@ -117,7 +122,7 @@ class Run:
             model: the network, or a wrapper of it.
             context: given whether a micro-batch is the last of its step, what its passes run inside.
         """
-        model = network() if model is None else model
+        model = self.model() if model is None else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         self.kfac = kaisa.KFACPreconditioner(model, optimizer, **{**OPTIONS, **self.options})
         for step in range(STEPS):
@@ -129,6 +134,7 @@ class Run:
             self.kfac.step()
             optimizer.step()
             optimizer.zero_grad()
+            self.after_step(self.kfac)
         plain = model.module if hasattr(model, "module") else model
         return {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
 

@@ -3,20 +3,25 @@
 With n(n + 1)/2 numbers in the triangle of a factor of side n, W ranks, w gradient workers of a layer, and numbers of b
 bytes, a rank sends
 
-    factor step     b · Σ triangles of the factors that others own, once to each owner; to count, 24 bytes a layer
-    inverse step    b · (w - 1) · Σ decompositions that it owns; for status, 8 · (2 · blocks + 3) bytes a layer
+    factor step     b · Σ triangles of the factors that others own, once to each owner, and (W - 1) headers of
+                    24 bytes a layer and 8 a bucket; nothing where statistics are deferred, all of it then with the next
+    inverse step    b · (w - 1) · Σ decompositions that it owns; 16 · blocks bytes a layer for status, if factors are
+                    damped one by one
     every step      b · (W/w - 1) · Σ gradients of the layers that it is the sender of
 
-and holds the factors that it owns and the decompositions of the layers of its column. A sum over all ranks (counts,
-status) is counted once, as large as it is.
+and holds the factors that it owns, the decompositions of the layers of its column, and where statistics are deferred
+its own sums of all layers. A sum over all ranks (status) is counted once, as large as it is. This is the steady state:
+until every layer has its first decomposition, another 16 bytes a layer and inverse step say which have failed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kaisa.kfac.placement import Assignment, FactorShape, LayerShape, Placement
+from kaisa.kfac.placement import FactorShape, LayerShape, Placement
+from kaisa.kfac.routes import INT8, A, G, Routes, header_bytes, int8_length
 
-STATISTICS, COUNTS, DECOMPOSITIONS, STATUS, GRADIENTS = "statistics", "counts", "decompositions", "status", "gradients"
+STATISTICS, DECOMPOSITIONS, STATUS, GRADIENTS = "statistics", "decompositions", "status", "gradients"
 
 Held = Callable[[FactorShape], int]
 """How many numbers the decomposition of a factor has."""
@@ -40,13 +45,13 @@ class Sizes:
     """Bytes of a number.
 
     Attributes:
-        statistics, gradients: on the wire.
+        statistics, gradients: on the wire; "int8" for one byte a number and a scale for 128.
         factors, decompositions: in memory; decompositions travel as they are held.
-        bucket: bytes of a message of statistics.
+        bucket: bytes of a message.
     """
 
-    statistics: int = 4
-    gradients: int = 4
+    statistics: int | str = 4
+    gradients: int | str = 4
     factors: int = 4
     decompositions: int = 4
     bucket: int = 25 * 2**20
@@ -59,7 +64,7 @@ class Account:
     Attributes:
         placement: who does what.
         factor_step, inverse_step, every_step: by rank and kind.
-        memory: bytes by rank and kind.
+        memory: bytes by rank and kind, between steps.
     """
 
     placement: Placement
@@ -76,6 +81,8 @@ def account(
     *,
     sizes: Sizes | None = None,
     has_moments: bool = False,
+    damps_factors: bool = False,
+    deferred: bool = False,
 ) -> Account:
     """Returns what a placement costs on every rank.
 
@@ -85,86 +92,101 @@ def account(
         held: how many numbers the decomposition of a factor has.
         sizes: bytes of a number.
         has_moments: whether the solver holds corrected eigenvalues, one for each number of a gradient.
+        damps_factors: whether the solver damps the factors one by one.
+        deferred: whether statistics travel on inverse steps alone.
     """
     sizes = sizes or Sizes()
-    ranks = range(placement.world_size)
+    routes = Routes(placement, tuple(shapes), sizes.bucket)
+    statistics = _statistics(routes, sizes)
+    decompositions = _decompositions(routes, held, sizes, damps_factors)
+    none: tuple[dict[str, Sent], ...] = ({},) * placement.world_size
+    deferred_too = statistics if deferred else none
     return Account(
         placement,
-        tuple(_factor_step(placement, shapes, rank, sizes) for rank in ranks),
-        tuple(_inverse_step(placement, shapes, rank, held, sizes) for rank in ranks),
-        tuple(_every_step(placement, shapes, rank, sizes) for rank in ranks),
-        tuple(_memory(placement, shapes, rank, held, sizes, has_moments) for rank in ranks),
+        none if deferred else statistics,
+        tuple({**first, **second} for first, second in zip(deferred_too, decompositions, strict=True)),
+        _gradients(routes, sizes),
+        _memory(routes, held, sizes, has_moments, deferred),
     )
 
 
-def count_messages(shapes: Sequence[LayerShape], bucket: int) -> int:
-    """Returns into how many messages of about ``bucket`` bytes statistics go, filled from the last layer on."""
-    count, size = 0, 0
-    for shape in reversed(shapes):
-        if size == 0:
-            count += 1
-        size += 4 * shape.uses * (shape.a.packed_elements + shape.g.packed_elements)
-        if size >= bucket:
-            size = 0
-    return count
+def _statistics(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
+    world_size = routes.placement.world_size
+    if world_size == 1:
+        return ({},)
+    headers, everything, own = 0, 0, Counter[int]()
+    for bucket in routes.statistics_buckets:
+        headers += header_bytes(bucket)
+        for key in ((name, side) for name in bucket for side in (A, G)):
+            size = _encoded([routes.packed_size(key)], sizes.statistics)
+            for owner in routes.owners(key):
+                everything += size
+                own[owner] += size
+    calls = len(routes.statistics_buckets)
+    return tuple(
+        {STATISTICS: Sent((world_size - 1) * headers + everything - own[rank], calls)} for rank in range(world_size)
+    )
 
 
-def _sides(shape: LayerShape, assignment: Assignment) -> tuple[tuple[FactorShape, tuple[int, ...]], ...]:
-    return (shape.a, assignment.a_owners), (shape.g, assignment.g_owners)
-
-
-def _factor_step(placement: Placement, shapes: Sequence[LayerShape], rank: int, sizes: Sizes) -> dict[str, Sent]:
+def _decompositions(routes: Routes, held: Held, sizes: Sizes, damps_factors: bool) -> tuple[dict[str, Sent], ...]:
+    placement = routes.placement
     if placement.world_size == 1:
-        return {}
-    numbers = sum(
-        shape.uses * factor.packed_elements * sum(owner != rank for owner in owners)
-        for shape in shapes
-        for factor, owners in _sides(shape, placement[shape.name])
+        return ({},)
+    status = 8 * sum(2 * shape.gradient[0] for shape in routes.layers)
+    common = {STATUS: Sent(status, 1)} if damps_factors else {}
+    own, columns = Counter[int](), set[int]()
+    for name, assignment in placement.assignments if placement.workers > 1 else ():
+        for key in ((name, A), (name, G)):
+            owners = routes.owners(key)
+            if len(owners) == 1:
+                own[owners[0]] += held(routes.factor(key))
+                columns.add(assignment.gradient_workers[0])
+    each = sizes.decompositions * (placement.workers - 1)
+    length = placement.world_size // placement.workers
+    return tuple(
+        {**common, DECOMPOSITIONS: Sent(each * own[rank], 1)} if rank % length in columns else dict(common)
+        for rank in range(placement.world_size)
     )
-    return {
-        STATISTICS: Sent(sizes.statistics * numbers, count_messages(shapes, sizes.bucket)),
-        COUNTS: Sent(3 * 8 * len(shapes), 1),
-    }
 
 
-def _inverse_step(
-    placement: Placement, shapes: Sequence[LayerShape], rank: int, held: Held, sizes: Sizes
-) -> dict[str, Sent]:
-    if placement.world_size == 1:
-        return {}
-    column = next(column for column in placement.columns if rank in column)
-    travelling = [
-        (owners[0], held(factor))
-        for shape in shapes
-        for factor, owners in _sides(shape, placement[shape.name])
-        if placement[shape.name].gradient_workers == column and len(owners) == 1
-    ]
-    own = sum(numbers for owner, numbers in travelling if owner == rank)
-    status = sum(2 * shape.gradient[0] + 3 for shape in shapes)
-    result = {STATUS: Sent(8 * status, 2)}
-    if len(column) > 1 and travelling:
-        result[DECOMPOSITIONS] = Sent(sizes.decompositions * own * (len(column) - 1), 1)
-    return result
-
-
-def _every_step(placement: Placement, shapes: Sequence[LayerShape], rank: int, sizes: Sizes) -> dict[str, Sent]:
-    row = placement.row(rank)
-    if len(row) == 1:
-        return {}
-    own = sum(shape.gradient_elements for shape in shapes if placement.sender(shape.name, rank) == rank)
-    return {GRADIENTS: Sent(sizes.gradients * own * (len(row) - 1), 1)}
-
-
-def _memory(
-    placement: Placement, shapes: Sequence[LayerShape], rank: int, held: Held, sizes: Sizes, has_moments: bool
-) -> dict[str, int]:
-    worked = [shape for shape in shapes if rank in placement[shape.name].gradient_workers]
-    factors = sum(
-        factor.elements for shape in shapes for factor, owners in _sides(shape, placement[shape.name]) if rank in owners
+def _gradients(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
+    placement = routes.placement
+    length = placement.world_size // placement.workers
+    if length == 1:
+        return ({},) * placement.world_size
+    by_column = Counter[int]()
+    for name, assignment in placement.assignments:
+        by_column[assignment.gradient_workers[0]] += _encoded([routes.shapes[name].gradient_elements], sizes.gradients)
+    calls = len(routes.gradient_buckets)
+    return tuple(
+        {GRADIENTS: Sent(by_column[rank % length] * (length - 1), calls)} for rank in range(placement.world_size)
     )
-    result = {
-        "factors": sizes.factors * factors,
-        "decompositions": sizes.decompositions * sum(held(shape.a) + held(shape.g) for shape in worked),
-        "moments": sizes.decompositions * sum(shape.gradient_elements for shape in worked) * has_moments,
-    }
-    return {**result, "total": sum(result.values())}
+
+
+def _memory(routes: Routes, held: Held, sizes: Sizes, has_moments: bool, deferred: bool) -> tuple[dict[str, int], ...]:
+    placement = routes.placement
+    length = placement.world_size // placement.workers
+    factors, decompositions, moments = Counter[int](), Counter[int](), Counter[int]()
+    sums = 0
+    for name, assignment in placement.assignments:
+        shape, column = routes.shapes[name], assignment.gradient_workers[0]
+        for key in ((name, A), (name, G)):
+            for owner in routes.owners(key):
+                factors[owner] += routes.factor(key).elements
+            decompositions[column] += held(routes.factor(key))
+            sums += shape.uses * routes.factor(key).elements
+        moments[column] += shape.gradient_elements * has_moments
+    result = []
+    for rank in range(placement.world_size):
+        row = {
+            "factors": sizes.factors * factors[rank],
+            "decompositions": sizes.decompositions * decompositions[rank % length],
+            "moments": sizes.decompositions * moments[rank % length],
+            "statistics": sizes.factors * sums * deferred,
+        }
+        result.append({**row, "total": sum(row.values())})
+    return tuple(result)
+
+
+def _encoded(parts: Iterable[int], form: int | str) -> int:
+    return int8_length(parts) if form == INT8 else int(form) * sum(parts)

@@ -38,7 +38,8 @@ _INDEX = "index.json"
 _SHARD = re.compile(r"[\w-]+\.safetensors")
 _STEP = re.compile(r"step_(\d{8,})(\.old)?")
 _NUMBERS = (
-    "format", "steps", "last_factors", "last_inverses", "queue", "ready", "solver", "scaling", "shapes", "damping",
+    "format", "steps", "last_factors", "last_inverses", "queue", "ready", "begun", "solver", "scaling", "shapes",
+    "damping",
 )  # fmt: skip
 _FAULTS = {1: "is missing", 2: "has the wrong length", 3: "was altered: its digest is another"}
 
@@ -73,6 +74,7 @@ def save(
     unfinished = root / f"{final.name}.tmp"
     team = _Team(kfac, f"writing {final}")
     is_first = team.rank == 0
+    kfac.reduce_statistics()  # what waits on single ranks would be lost to a world of another size
     with team:
         if is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -445,6 +447,7 @@ def _kfac_state(kfac: KFACPreconditioner, index: Mapping[str, Any], tensors: Map
     state = {**own, **index["kfac"]}
     for generator in ("label_generator", "example_generator"):
         state[generator] = tensors.get(f"ranks/{rank}/{generator}", own[generator])
+    state["deferred"] = {"is_waiting": False, "sums": {}}
     state["factors"] = _factors(kfac, tensors)
     state["decompositions"] = _stacks(kfac, tensors)
     rows = [tensor for key, tensor in tensors.items() if key.startswith("ranks/") and key.endswith("/failures")]

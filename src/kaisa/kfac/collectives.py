@@ -42,12 +42,14 @@ class Collectives(ABC):
 
     Attributes:
         rank, world_size: which of how many.
+        ranks_per_node: how many consecutive ranks share a machine; None where nobody says.
         bytes_sent: bytes that left this rank, by kind.
         calls: collectives that this rank took part in, by kind.
     """
 
     rank: int = 0
     world_size: int = 1
+    ranks_per_node: int | None = None
 
     def __init__(self) -> None:
         self.bytes_sent: Counter[str] = Counter()
@@ -125,6 +127,7 @@ class Processes(Collectives):
     def __init__(self, groups: Iterable[tuple[int, ...]], timeout: datetime.timedelta | None = None) -> None:
         super().__init__()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ranks_per_node = _ranks_per_node(self.world_size)
         self._timeout = timeout
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._heartbeat = _heartbeat()
@@ -293,6 +296,12 @@ def launched_world() -> tuple[int, int] | None:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _ranks_per_node(world_size: int) -> int | None:
+    """Returns how many ranks ``torchrun`` started on each machine; None without it, or where machines differ."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(count) if count.isdigit() and int(count) and world_size % int(count) == 0 else None
 
 
 def join_world(device: torch.device, timeout: datetime.timedelta | None = None) -> Collectives:

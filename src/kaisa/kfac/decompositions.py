@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kaisa.errors import DecompositionError
 from kaisa.kfac import solvers
+from kaisa.kfac.routes import Key
 from kaisa.kfac.solvers import Decomposition, Moments, Solver
 
 _LARGEST_BATCH = 256 * 2**20  # bytes of factors that are decomposed at once
 
-Key = tuple[str, int]  # a layer and a side: 0 for A, 1 for G
 Sides = tuple[Decomposition, Decomposition]
 
 

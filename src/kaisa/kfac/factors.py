@@ -35,6 +35,7 @@ class Statistics:
         examples: how many terms of the loss were summed.
         area: positions of one example in a convolution, 1 elsewhere; for the scale of the reference implementation.
         scale: what gradients at the hook were multiplied by, beyond the loss scale; likewise.
+        steps: how many steps were summed, each as often as its sums count: 1, or Σ β^j of decayed ones.
     """
 
     a: Tensor
@@ -43,9 +44,18 @@ class Statistics:
     examples: float | Tensor = 0.0
     area: int = 1
     scale: float = 1.0
+    steps: float | Tensor = 1.0
+
+    def fade_(self, factor: float | Tensor) -> None:
+        """Makes everything count less, in place."""
+        self.a *= factor
+        self.g *= factor
+        self.positions *= factor
+        self.examples *= factor
+        self.steps *= factor
 
     def add_(self, other: "Statistics") -> None:
-        """Adds the sums and counts of another micro-batch in place."""
+        """Adds the sums and counts of another micro-batch of the same step in place."""
         self.a += other.a
         self.g += other.g
         self.positions += other.positions
@@ -108,13 +118,13 @@ class Factors(Mapping[str, Pair]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def update(self, name: str, batch: Pair, decay: float, is_finite: Tensor | None = None) -> None:
+    def update(self, name: str, batch: Pair, decay: float | Tensor, is_finite: Tensor | None = None) -> None:
         """Takes the pair of one batch into the running average of a layer; a non-finite one changes nothing.
 
         Args:
             name: the layer.
             batch: its pair; a side that another rank owns is an empty tensor.
-            decay: β.
+            decay: β; what is left of the average, for a pair that stands for several steps.
             is_finite: what all ranks have found together, as a tensor; None to look at this pair.
         """
         if name not in self._pairs:

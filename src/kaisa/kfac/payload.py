@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kaisa.errors import ConfigurationError
+from kaisa.kfac.routes import BLOCK, INT8, SCALE_BYTES, blocks_of, int8_length
 
-INT8 = "int8"
-_BLOCK, _LEVELS, _SCALE_BYTES = 128, 127, 4
+_LEVELS = 127
 
 Wire = torch.dtype | str | None
 
@@ -27,7 +27,11 @@ class Payload:
     Attributes:
         statistics: of the factors' sums, which are added up in full precision on arrival.
         gradients: of preconditioned gradients; every rank then works with the rounded values, so that all stay equal.
-        bucket_bytes: statistics travel in messages of about this size, the first while the backward pass runs.
+        bucket_bytes: statistics travel in messages of about this size, the first while the backward pass runs, and
+            gradients in messages of whole groups of layers, each while the next is being preconditioned.
+        deferred: whether statistics wait on their rank until decompositions are due and then travel once for all steps
+            since (see ``kaisa.kfac.deferral``); None for yes at COMM-OPT, where traffic is bought with memory, when no
+            layer is tied and decompositions are not spread over steps.
 
     Raises:
         ConfigurationError: a form that does not exist.
@@ -36,6 +40,7 @@ class Payload:
     statistics: Wire = None
     gradients: Wire = None
     bucket_bytes: int = 25 * 2**20
+    deferred: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("statistics", "gradients"):
@@ -48,9 +53,7 @@ class Payload:
 
 def encoded_length(sizes: Sequence[int], form: Wire) -> int:
     """Returns how many elements a message of parts of these sizes has; bytes in the 8-bit form."""
-    if form != INT8:
-        return sum(sizes)
-    return sum(size + _SCALE_BYTES * _blocks(size) for size in sizes)
+    return int8_length(sizes) if form == INT8 else sum(sizes)
 
 
 def encode(parts: Sequence[Tensor], form: Wire, like: Tensor, seed: int) -> Tensor:
@@ -65,14 +68,14 @@ def encode(parts: Sequence[Tensor], form: Wire, like: Tensor, seed: int) -> Tens
     if form != INT8:
         numbers = torch.cat([part.to(like.dtype) for part in parts]) if parts else like.new_empty(0)
         return numbers if form is None else numbers.to(form)
-    padded = [F.pad(part.float(), (0, -part.numel() % _BLOCK)).reshape(-1, _BLOCK) for part in parts]
-    blocks = torch.cat(padded) if padded else like.new_empty(0, _BLOCK).float()
+    padded = [F.pad(part.float(), (0, -part.numel() % BLOCK)).reshape(-1, BLOCK) for part in parts]
+    blocks = torch.cat(padded) if padded else like.new_empty(0, BLOCK).float()
     scales = blocks.abs().amax(1, keepdim=True) / _LEVELS
     generator = torch.Generator(device=like.device).manual_seed(seed)
     noise = torch.rand(blocks.shape, generator=generator, device=like.device)
     # A block of zeros has the scale 0; the quotient's NaN becomes 0.
     rounded = torch.floor(torch.nan_to_num(blocks / scales, posinf=0.0, neginf=0.0) + noise)
-    values = rounded.clamp(-_LEVELS, _LEVELS).to(torch.int8).split([_blocks(part.numel()) for part in parts])
+    values = rounded.clamp(-_LEVELS, _LEVELS).to(torch.int8).split([blocks_of(part.numel()) for part in parts])
     unpadded = [value.flatten()[: part.numel()] for value, part in zip(values, parts, strict=True)]
     return torch.cat((scales.flatten().view(torch.int8), *unpadded))
 
@@ -81,13 +84,9 @@ def decode(message: Tensor, sizes: Sequence[int], form: Wire, dtype: torch.dtype
     """Returns the numbers of a message, flat."""
     if form != INT8:
         return message.to(dtype)
-    counts = [_blocks(size) for size in sizes]
-    start = _SCALE_BYTES * sum(counts)
+    counts = [blocks_of(size) for size in sizes]
+    start = SCALE_BYTES * sum(counts)
     header = message[:start].clone().view(torch.float32).to(dtype)  # a copy, because a view wants alignment
     parts = zip(message[start:].split(list(sizes)), header.split(counts), sizes, strict=True)
-    numbers = [values.to(dtype) * scales.repeat_interleave(_BLOCK)[:size] for values, scales, size in parts]
+    numbers = [values.to(dtype) * scales.repeat_interleave(BLOCK)[:size] for values, scales, size in parts]
     return torch.cat(numbers) if numbers else header
-
-
-def _blocks(size: int) -> int:
-    return -(-size // _BLOCK)

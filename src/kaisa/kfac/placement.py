@@ -101,11 +101,13 @@ class Placement:
         world_size: the number of ranks.
         workers: the number of gradient workers of a layer: the number of rows.
         assignments: (name, assignment) in the order of the names given.
+        ranks_per_node: how many consecutive ranks share a machine; 0 for all of them.
     """
 
     world_size: int
     workers: int
     assignments: tuple[tuple[str, Assignment], ...]
+    ranks_per_node: int = 0
 
     @property
     def fraction(self) -> float:
@@ -121,6 +123,11 @@ class Placement:
     def columns(self) -> tuple[tuple[int, ...], ...]:
         """The gradient workers, one tuple of strided ranks a column."""
         return tuple(zip(*self.rows, strict=True))
+
+    @property
+    def rows_stay_in_nodes(self) -> bool:
+        """Whether the exchange of every step stays inside machines."""
+        return _rows_fit(self.world_size // self.workers, self.ranks_per_node or self.world_size)
 
     @cached_property
     def _by_name(self) -> dict[str, Assignment]:
@@ -139,8 +146,12 @@ class Placement:
         return self[name].gradient_workers[rank // length]
 
     def __str__(self) -> str:
-        width = len(str(self.world_size - 1))
-        return "\n".join("| " + " ".join(f"{rank:>{width}}" for rank in row) + " |" for row in self.rows)
+        return "\n".join("| " + "".join(map(self._cell, row)).strip(" :") + " |" for row in self.rows)
+
+    def _cell(self, rank: int) -> str:
+        """Returns a rank for the drawing, after a colon where another machine begins."""
+        gap = " : " if self.ranks_per_node and rank % self.ranks_per_node == 0 else " "
+        return f"{gap}{rank:>{len(str(self.world_size - 1))}}"
 
 
 def grid_rows(world_size: int, workers: int) -> tuple[tuple[int, ...], ...]:
@@ -149,12 +160,40 @@ def grid_rows(world_size: int, workers: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(first, first + length)) for first in range(0, world_size, length))
 
 
-def gradient_workers(fraction: str | float, world_size: int) -> int:
+def nodes_of(ranks_per_node: int | None, world_size: int) -> int:
+    """Returns how many consecutive ranks share a machine.
+
+    Args:
+        ranks_per_node: what was asked for; None for all ranks.
+        world_size: the number of ranks.
+
+    Raises:
+        ConfigurationError: that does not divide the world; names the nearest that do.
+    """
+    if ranks_per_node is None:
+        return world_size
+    is_count = isinstance(ranks_per_node, int) and not isinstance(ranks_per_node, bool) and ranks_per_node >= 1
+    if not is_count or world_size % ranks_per_node:
+        divisors = [count for count in range(1, world_size + 1) if world_size % count == 0]
+        nearest = sorted(divisors, key=lambda count: abs(count - ranks_per_node))[:2] if is_count else divisors
+        valid = " or ".join(map(str, sorted(nearest)))
+        raise ConfigurationError(
+            f"ranks_per_node is {ranks_per_node!r}, which {world_size} ranks do not fill; give {valid}"
+        )
+    return ranks_per_node
+
+
+def _rows_fit(length: int, ranks_per_node: int) -> bool:
+    return ranks_per_node % length == 0
+
+
+def gradient_workers(fraction: str | float, world_size: int, ranks_per_node: int | None = None) -> int:
     """Returns how many gradient workers a layer has.
 
     Args:
         fraction: "comm", "hybrid", "mem", or a number of 0 to 1; what is below 1/world counts as one worker.
         world_size: the number of ranks.
+        ranks_per_node: how many ranks share a machine; "hybrid" takes rows that stay inside one.
 
     Raises:
         ConfigurationError: the fraction makes no whole number of workers that divides the world; names the nearest.
@@ -166,6 +205,10 @@ def gradient_workers(fraction: str | float, world_size: int) -> int:
                 f"grad_worker_fraction is {fraction!r}; give 'comm', 'hybrid', 'mem' or a number from 0 to 1"
             )
         wished = {COMM_OPT: world_size, HYBRID_OPT: world_size / 2, MEM_OPT: 1}[fraction]
+        if fraction == HYBRID_OPT:
+            node = ranks_per_node or world_size
+            fitting = [count for count in divisors if world_size // count > 1 and _rows_fit(world_size // count, node)]
+            divisors = fitting or divisors
         return min(divisors, key=lambda count: (abs(count - wished), -count))
     if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
         raise ConfigurationError(f"grad_worker_fraction is {fraction!r}; give a number from 0 to 1")
@@ -184,6 +227,37 @@ Cost = Callable[[FactorShape], float]
 K = TypeVar("K", str, tuple[str, str])
 
 
+@dataclass(frozen=True)
+class LocalRule:
+    """The rule of SPD-KFAC (arXiv 2107.06533): a factor is decomposed on every rank that needs it if that is faster.
+
+    With w gradient workers and t for one decomposition, sending it takes (w - 1) · bytes of the decomposition and
+    spares the others (1 - 1/w) · t each; but w owners must be sent statistics, (w - 1) more triangles each time.
+
+    Attributes:
+        exchanges: how often statistics are sent for each decomposition.
+        per_byte: seconds to send a byte.
+        per_operation, overhead: seconds of a decomposition, for each of n³ operations and to begin with.
+        bytes_per_number: of statistics and decompositions.
+
+    The defaults are orders of magnitude: a network of 1 GB/s, one core. A calibrated profile knows better.
+    """
+
+    exchanges: float
+    per_byte: float = 1e-9
+    per_operation: float = 4e-10
+    overhead: float = 2e-5
+    bytes_per_number: int = 4
+
+    def is_cheaper_locally(self, factor: FactorShape, workers: int) -> bool:
+        """Says whether every gradient worker should decompose a factor."""
+        decomposition = factor.elements if factor.is_diagonal else factor.elements + factor.blocks * factor.size
+        spared = decomposition - self.exchanges * factor.packed_elements
+        sending = (workers - 1) * self.bytes_per_number * spared * self.per_byte
+        computing = 0.0 if factor.is_diagonal else self.overhead * factor.blocks + self.per_operation * factor.work
+        return workers > 1 and computing * (1 - 1 / workers) < sending
+
+
 def place(
     shapes: Sequence[LayerShape],
     world_size: int,
@@ -191,6 +265,8 @@ def place(
     *,
     colocate: bool = False,
     local_below: int = 0,
+    local_rule: LocalRule | None = None,
+    ranks_per_node: int | None = None,
     cost: Cost = lambda shape: shape.work,
 ) -> Placement:
     """Places every layer on a column and each of its factors on a rank of the column.
@@ -200,16 +276,21 @@ def place(
         world_size: the number of ranks.
         workers: gradient workers of a layer, a divisor of the world.
         colocate: keeps A and G of a layer on one rank.
-        local_below: factors with a side below this are decomposed by every gradient worker (SPD-KFAC's rule:
-            arXiv 2107.06533), because sending the result would take longer.
+        local_below: factors with a side below this are decomposed by every gradient worker.
+        local_rule: and those for which this says so.
+        ranks_per_node: how many consecutive ranks share a machine; None for all.
         cost: what decomposing a factor costs, in any unit.
 
     Raises:
-        ConfigurationError: ``workers`` does not divide the world.
+        ConfigurationError: ``workers`` or ``ranks_per_node`` does not divide the world.
     """
     if workers < 1 or world_size % workers:
         raise ConfigurationError(f"{workers} gradient workers do not divide {world_size} ranks")
     columns = tuple(zip(*grid_rows(world_size, workers), strict=True))
+
+    def is_local(factor: FactorShape) -> bool:
+        return factor.size < local_below or (local_rule is not None and local_rule.is_cheaper_locally(factor, workers))
+
     costs = {shape.name: (cost(shape.a), cost(shape.g)) for shape in shapes}
     chosen = _longest_first({name: sum(pair) for name, pair in costs.items()}, range(len(columns)))
     by_column: dict[int, list[LayerShape]] = {index: [] for index in range(len(columns))}
@@ -217,8 +298,9 @@ def place(
         by_column[chosen[shape.name]].append(shape)
     assignments: dict[str, Assignment] = {}
     for index, column in enumerate(columns):
-        assignments.update(_within(column, by_column[index], costs, colocate, local_below))
-    return Placement(world_size, workers, tuple((shape.name, assignments[shape.name]) for shape in shapes))
+        assignments.update(_within(column, by_column[index], costs, colocate, is_local))
+    ordered = tuple((shape.name, assignments[shape.name]) for shape in shapes)
+    return Placement(world_size, workers, ordered, nodes_of(ranks_per_node, world_size))
 
 
 def _within(
@@ -226,7 +308,7 @@ def _within(
     shapes: Sequence[LayerShape],
     costs: Mapping[str, tuple[float, float]],
     colocate: bool,
-    local_below: int,
+    is_local: Callable[[FactorShape], bool],
 ) -> dict[str, Assignment]:
     """Gives the factors of one column's layers to its ranks."""
     tasks: dict[tuple[str, str], float] = {}
@@ -239,7 +321,7 @@ def _within(
     chosen = _longest_first(tasks, column)
 
     def owners(shape: LayerShape, side: str, factor: FactorShape) -> tuple[int, ...]:
-        if shape.uses == 1 and factor.size < local_below:
+        if shape.uses == 1 and is_local(factor):
             return column
         return (chosen[(shape.name, "a" if shape.name in together else side)],)
 

@@ -24,18 +24,24 @@ from kaisa.kfac.clock import Clock
 from kaisa.kfac.collectives import Alone, Collectives, Processes, world
 from kaisa.kfac.coverage import Coverage, discover, unwrapped
 from kaisa.kfac.damping import LevenbergMarquardt, QuadraticModel
-from kaisa.kfac.decompositions import Decompositions
+from kaisa.kfac.decompositions import Decompositions, Stack
+from kaisa.kfac.deferral import Deferral
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
 from kaisa.kfac.payload import Payload
-from kaisa.kfac.placement import gradient_workers, place
+from kaisa.kfac.placement import LocalRule, gradient_workers, nodes_of, place
+from kaisa.kfac.reduction import Counts
+from kaisa.kfac.routes import A, G, is_worth_deferring
 from kaisa.kfac.solvers import EKFAC, Solver
-from kaisa.kfac.transport import A, Counts, G, Transport, groups_of
+from kaisa.kfac.transport import Transport, groups_of
 from kaisa.kfac.trust_region import KLClip, TrustRegion
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes of single examples' gradients that are formed at once
+
+Solved = tuple[list[list[str]], list[Tensor], list[Tensor]]
+"""The names of the layers of each stack, their raw gradients, and the preconditioned ones."""
 
 
 class LossScaler(Protocol):
@@ -88,7 +94,9 @@ class KFACPreconditioner:
         grad_worker_fraction: the share of ranks that hold a layer's decompositions: "comm" (all), "hybrid" (half),
             "mem" (one), or a number.
         colocate_factors: keeps A and G of a layer on one rank.
-        local_below: factors with a side below this are decomposed by every gradient worker instead of sent.
+        local_below: factors with a side below this are decomposed by every gradient worker instead of sent; "auto"
+            where that is modelled to take less time (``kaisa.kfac.placement.LocalRule``).
+        ranks_per_node: how many consecutive ranks share a machine; None for what ``torchrun`` says, or all.
         payload: the types in which numbers travel.
         collectives: how to reach the other ranks; None for the running process group.
 
@@ -126,7 +134,8 @@ class KFACPreconditioner:
         seed: int = 0,
         grad_worker_fraction: str | float = "comm",
         colocate_factors: bool = False,
-        local_below: int = 0,
+        local_below: int | str = "auto",
+        ranks_per_node: int | None = None,
         payload: Payload | None = None,
         collectives: Collectives | None = None,
     ) -> None:
@@ -179,22 +188,35 @@ class KFACPreconditioner:
             raise ConfigurationError(
                 "LevenbergMarquardt needs all factors on one process; give damping as a number or a function"
             )
-        workers = gradient_workers(grad_worker_fraction, collectives.world_size)
+        payload = payload or Payload()
         shapes = [layer.layer_shape() for layer in layers]
+        world_size = collectives.world_size
+        node = nodes_of(ranks_per_node or collectives.ranks_per_node, world_size)
+        workers = gradient_workers(grad_worker_fraction, world_size, node)
+        is_worth_it = is_worth_deferring(world_size, workers, shapes)
+        self._defers = self._may_defer(payload.deferred, is_worth_it) and world_size > 1
         self.placement = place(
-            shapes, collectives.world_size, workers, colocate=colocate_factors, local_below=local_below
+            shapes,
+            world_size,
+            workers,
+            colocate=colocate_factors,
+            local_below=_local_below(local_below),
+            local_rule=self._local_rule(factor_dtype) if local_below == "auto" else None,
+            ranks_per_node=node,
         )
         self._transport = Transport(
             collectives,
             self.placement,
             shapes,
             self._solver,
-            payload or Payload(),
+            payload,
             {layer.name: layer.summed_in(factor_dtype) for layer in layers},
             {layer.name: _held_in(layer, inv_dtype) for layer in layers},
             layers[0].weight.device,
         )
         self._ready: set[str] = set()
+        self._deferral = Deferral()
+        self._is_deferred = False
         self._terms_seen: float | Tensor | None = None
         self._calls: Counter[str] = Counter()
         self._calls_before: Counter[str] | None = None
@@ -214,7 +236,8 @@ class KFACPreconditioner:
                 "patience": str(patience),
                 "dtypes": repr((factor_dtype, inv_dtype)),
                 "payload": repr(payload),
-                "placement": repr((workers, colocate_factors, local_below)),
+                "placement": repr((workers, colocate_factors, local_below, node)),
+                "deferred": str(self._defers),
                 "seed": str(seed),
                 **{
                     schedule.name: _told(schedule.value)
@@ -234,7 +257,7 @@ class KFACPreconditioner:
         self._loss_scales: dict[torch.device, Tensor] = {}
         self._example_moments: dict[str, Tensor] = {}
         self._label_generator = torch.Generator().manual_seed(seed + collectives.rank)
-        per_example = isinstance(self._solver, EKFAC) and self._solver.per_example
+        per_example = self._is_per_example
         if per_example and workers < collectives.world_size:
             raise ConfigurationError(
                 "per-example EKFAC needs every rank to hold every decomposition; set grad_worker_fraction='comm'"
@@ -274,6 +297,8 @@ class KFACPreconditioner:
         if self._factors_are_due():
             with self._clock("factors"):
                 self._update_factors()
+        elif self._is_deferred and self._inverses_are_due():
+            self.reduce_statistics()
         self._update_inverses()
         with self._clock("precondition"):
             self._precondition()
@@ -305,12 +330,51 @@ class KFACPreconditioner:
     def _factors_are_due(self) -> bool:
         return _due(self._steps, self._last_factors, self._factor_interval)
 
+    def _inverses_are_due(self) -> bool:
+        return _due(self._steps, self._last_inverses, self._inverse_interval)
+
+    def _may_defer(self, wished: bool | None, is_worth_it: bool) -> bool:
+        """Says whether statistics wait for the next decompositions before they travel.
+
+        Raises:
+            ConfigurationError: that is asked for, and something else needs them on every factor step.
+        """
+        needs = [
+            *(["spread_inverses"] if self._spread else []),
+            *(["per-example EKFAC"] if self._is_per_example else []),
+        ]
+        if wished and needs:
+            raise ConfigurationError(f"{needs[0]} needs statistics on every factor step; set Payload(deferred=False)")
+        return (is_worth_it and not needs) if wished is None else wished
+
+    def _local_rule(self, dtype: torch.dtype | None) -> LocalRule:
+        """Returns what says which factors every gradient worker decomposes; it must know how often sums travel."""
+        intervals = self._inverse_interval.value, self._factor_interval.value
+        exchanges = float("inf")
+        if self._defers:
+            exchanges = 1.0
+        elif not callable(intervals[0]) and not callable(intervals[1]):
+            exchanges = max(1.0, float(intervals[0]) / float(intervals[1]))
+        return LocalRule(exchanges, bytes_per_number=(dtype or torch.float32).itemsize)
+
+    @property
+    def _is_per_example(self) -> bool:
+        return isinstance(self._solver, EKFAC) and self._solver.per_example
+
+    def _waits(self) -> bool:
+        """Says whether this factor step's sums wait: no decomposition is due, and none is wanting."""
+        return self._defers and not self._queue and not self._inverses_are_due()
+
     def _note_call(self, name: str) -> None:
         """Sends statistics as soon as every layer of a bucket was called as often as in the last factor step."""
         self._calls[name] += 1
         before = self._calls_before
-        if before is not None:
-            self._transport.send_next(lambda layer: self._calls[layer] >= before[layer], self._capture.take_some)
+        if before is not None and not self._waits():
+            self._transport.reduction.send_next(lambda layer: self._calls[layer] >= before[layer], self._take_some)
+
+    def _take_some(self, names: Sequence[str]) -> dict[str, Statistics]:
+        local = self._capture.take_some(names)
+        return self._deferral.take(local, self._decay.resolve(self._steps), names) if self._defers else local
 
     def _update_factors(self) -> None:
         local = self._capture.take()
@@ -319,16 +383,38 @@ class KFACPreconditioner:
         if is_silent and self._transport.is_alone:
             self._explain_silence()
             return
-        totals, counts = self._transport.reduce(local)
-        if is_silent and self._transport.is_nobody_heard(counts):
-            self._explain_silence()
+        if self._waits():
+            self._deferral.add(local, self._decay.resolve(self._steps))
+            self._is_deferred = True
+        else:
+            self._reduce(local, is_silent)
+        self._last_factors = self._steps
+
+    def reduce_statistics(self) -> None:
+        """Brings the factors up to date on the ranks that own them, where statistics wait; all ranks call it.
+
+        At COMM-OPT the factors are those of the last decomposition otherwise. Nothing that is computed later changes
+        but by rounding.
+        """
+        if self._is_deferred:
+            with torch.no_grad(), self._clock("factors"):
+                self._reduce({}, is_silent=False)
+
+    def _reduce(self, local: dict[str, Statistics], is_silent: bool) -> None:
+        """Takes this step's sums of all ranks, and those that have waited, into the running average."""
         decay = self._decay.resolve(self._steps)
+        if self._defers:
+            local = self._deferral.take(local, decay, self._layers)
+        self._is_deferred = False
+        totals, counts = self._transport.reduction(local)
+        if is_silent and self._transport.reduction.is_nobody_heard(counts):
+            self._explain_silence()
         for name, sums in totals.items():
             layer = self._layers[name]
             pair = layer.pair(sums) if self._scaling == "fisher" else _reference_pair(layer, sums)
-            self.factors.update(name, pair.map(self._as_factor), decay, counts[name].is_finite)
+            kept = 1 - (1 - decay) * sums.steps
+            self.factors.update(name, pair.map(self._as_factor), kept, counts[name].is_finite)
         self._take_example_moments(counts)
-        self._last_factors = self._steps
 
     def _explain_silence(self) -> None:
         """Raises when backward passes reach the layers but never the hooks; a batch without any is no fault."""
@@ -349,8 +435,7 @@ class KFACPreconditioner:
         return factor if self._factor_dtype is None else factor.to(self._factor_dtype)
 
     def _update_inverses(self) -> None:
-        has_factors = self._last_factors is not None
-        if has_factors and _due(self._steps, self._last_inverses, self._inverse_interval):
+        if self._last_factors is not None and self._inverses_are_due():
             self._queue = sorted(self._layers, key=self._cost, reverse=True)
             self._last_inverses = self._steps
         if self._queue:
@@ -364,6 +449,7 @@ class KFACPreconditioner:
 
     def _refresh(self, names: list[str]) -> list[str]:
         """Decomposes what this rank owns of some layers, and takes its column's; returns those that have one now."""
+        self._transport.raise_noted()
         means, begun = self._transport.known(names, self.factors, self._ready)
         shifts = {name: solvers.shifts(*means[name], self.damping) for name in begun}
         factors = {
@@ -391,18 +477,20 @@ class KFACPreconditioner:
         return -(-len(waiting) // max(1, left))
 
     def _precondition(self) -> None:
-        stacks, raw, solved = self._solve()
-        self._remember(stacks, raw)
-        if not self._transport.is_alone:
-            stacks, raw, solved = self._with_received(stacks, solved)
-        for stack, gradient in zip(stacks, self._bounded(stacks, raw, solved), strict=True):
-            for name, matrix in zip(stack, gradient.unbind(), strict=True):
+        stacks, raw, solved = self._solve_alone() if self._transport.is_alone else self._solve_together()
+        for names, gradient in zip(stacks, self._bounded(stacks, raw, solved), strict=True):
+            for name, matrix in zip(names, gradient.unbind(), strict=True):
                 self._layers[name].write_(matrix)
 
-    def _solve(self) -> tuple[list[list[str]], list[Tensor], list[Tensor]]:
-        """Preconditions the layers that this rank is a gradient worker of, a stack of equal shapes at a time."""
+    def _solve_alone(self) -> Solved:
+        solved = self._solve(self._decompositions.stacks)
+        self._remember(solved[0], solved[1])
+        return solved
+
+    def _solve(self, wholes: Sequence[Stack]) -> Solved:
+        """Preconditions layers that this rank is a gradient worker of, a stack of equal shapes at a time."""
         names, raw, solved = [], [], []
-        for whole in self._decompositions.stacks:
+        for whole in wholes:
             indices = [index for index, name in enumerate(whole.names) if self._layers[name].has_gradient()]
             if indices:
                 stack = whole.select(indices)
@@ -416,19 +504,20 @@ class KFACPreconditioner:
                 whole.store_moments(indices, stack)
         return names, raw, solved
 
-    def _with_received(
-        self, stacks: list[list[str]], solved: list[Tensor]
-    ) -> tuple[list[list[str]], list[Tensor], list[Tensor]]:
-        """Returns stacks of all layers, equal on every rank, so that the trust region is the same to the bit."""
-        own = {
-            name: matrix
-            for names, gradient in zip(stacks, solved, strict=True)
-            for name, matrix in zip(names, gradient.unbind(), strict=True)
-        }
-        names = [name for name, layer in self._layers.items() if name in self._ready and layer.has_gradient()]
-        everything = self._transport.spread(names, own)
+    def _solve_together(self) -> Solved:
+        """Sends what this rank has preconditioned along its row, a bucket while the next is worked on.
+
+        Returns stacks of all layers, equal on every rank, so that the trust region is the same to the bit.
+        """
+        preconditioned = {name for name in self._ready if self._layers[name].has_gradient()}
+        waits = []
+        for bucket in self._transport.routes.gradient_buckets:
+            names = [name for name in bucket if name in preconditioned]
+            stacks, _, solved = self._solve([s for s in self._decompositions.stacks if s.names[0] in bucket])
+            waits.append(self._transport.spread(names, _by_name(stacks, solved)))
+        everything = {name: matrix for wait in waits for name, matrix in wait().items()}
         groups: dict[object, list[str]] = defaultdict(list)
-        for name in names:
+        for name in filter(preconditioned.__contains__, self._layers):
             groups[everything[name].shape, everything[name].dtype].append(name)
         every = list(groups.values())
         return (
@@ -579,7 +668,7 @@ class KFACPreconditioner:
         """Hands what this step showed of the spectrum to the solvers that correct eigenvalues."""
         squares, self._example_moments = self._transport.total_moments(self._example_moments, self._ready), {}
         if counts:
-            self._terms_seen = _most(count.examples for count in counts.values())
+            self._terms_seen = _most(count.examples / count.steps for count in counts.values())
         for stack in self._decompositions.stacks:
             if stack.moments is None:
                 continue
@@ -597,6 +686,7 @@ class KFACPreconditioner:
     def memory_usage(self) -> dict[str, int]:
         """Returns the bytes held by kind: factors, decompositions, moments, statistics, and their total."""
         usage = {"factors": 0, "decompositions": 0, "moments": 0, "statistics": self._capture.nbytes()}
+        usage["statistics"] += self._deferral.nbytes()
         for pair in self.factors.values():
             usage["factors"] += sum(factor.nbytes for factor in pair)
         for kind, tensor in self._decompositions.tensors():
@@ -632,6 +722,8 @@ class KFACPreconditioner:
             "last_inverses": self._last_inverses,
             "queue": list(self._queue),
             "ready": sorted(self._ready),
+            "begun": self._transport.begun(self._layers, self.factors),
+            "deferred": {"is_waiting": self._is_deferred, "sums": self._deferral.state()},
             "solver": repr(self._solver),
             "scaling": self._scaling,
             "shapes": {name: list(layer.shape) for name, layer in self._layers.items()},
@@ -658,6 +750,9 @@ class KFACPreconditioner:
         self.factors.restore(state["factors"], devices)
         self._decompositions.restore(state["decompositions"], devices)
         self._ready = set(state["ready"])
+        self._transport.restore_begun(state["begun"])
+        self._is_deferred = state["deferred"]["is_waiting"]
+        self._deferral.restore(state["deferred"]["sums"], devices)
         self._decompositions.failures = dict(state["failures"])
         self._label_generator.set_state(state["label_generator"].cpu())
         self._capture.generator.set_state(state["example_generator"].cpu())
@@ -718,8 +813,8 @@ class KFACPreconditioner:
         return lines + self._share_differences(state["share"])
 
     _STATE_KEYS = (
-        "share", "steps", "last_factors", "last_inverses", "queue", "ready", "solver", "scaling", "shapes", "factors",
-        "decompositions", "failures", "label_generator", "example_generator", "damping",
+        "share", "steps", "last_factors", "last_inverses", "queue", "ready", "begun", "deferred", "solver", "scaling",
+        "shapes", "factors", "decompositions", "failures", "label_generator", "example_generator", "damping",
     )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- its end
@@ -736,6 +831,14 @@ class KFACPreconditioner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _by_name(stacks: Sequence[list[str]], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {
+        name: matrix
+        for names, gradient in zip(stacks, gradients, strict=True)
+        for name, matrix in zip(names, gradient.unbind(), strict=True)
+    }
 
 
 def _most(examples: Iterable[float | Tensor]) -> Tensor:
@@ -790,6 +893,14 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _floating(name: str, dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         raise ConfigurationError(f"{name} is {dtype}; give a floating-point type")
+
+
+def _local_below(value: int | str) -> int:
+    if value == "auto":
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError(f"local_below is {value!r}; give a whole number of at least 0, or 'auto'")
+    return value
 
 
 def _at_least_one(name: str, value: int) -> None:

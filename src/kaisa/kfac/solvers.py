@@ -14,6 +14,7 @@ one dimension less than the gradient is a diagonal; its decomposition is its val
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ class Moments:
 
 class Solver(ABC):
     """How the damped pair of a layer is inverted. Implementations are frozen values without state."""
+
+    damps_factors: ClassVar[bool] = False
+    """Whether ``decompose`` damps each factor for itself, for which it must know the mean eigenvalues of both."""
 
     def initial_moments(self, a: Decomposition, g: Decomposition) -> Moments | None:
         """Returns the state of a solver that corrects eigenvalues, for a new stack of layers."""
@@ -184,6 +188,8 @@ class EKFAC(Eigen):
 class Cholesky(Solver):
     """Explicit inverses of the two damped factors; the damping is fixed until the next decomposition."""
 
+    damps_factors = True
+
     def layout(self, factor: torch.Size, is_diagonal: bool) -> tuple[torch.Size, ...]:
         return (factor,)
 
@@ -270,11 +276,15 @@ def transported(
 
 
 def _refresh(factor: Tensor, basis: Tensor, warm_start: WarmStart) -> tuple[Tensor, Tensor]:
-    ratio = linalg.off_diagonal_ratio(basis.mT @ factor @ basis).max()
+    rotated = basis.mT @ factor @ basis
+    ratio = linalg.off_diagonal_ratio(rotated).max()
     # One look by the host where a full decomposition would look several times.
     if ratio > warm_start.decompose_above:
         return linalg.eigh(factor)
     if ratio > warm_start.keep_below:
+        # The QR decomposition keeps the first columns best: the dominant ones, and not the rounding of null vectors.
+        order = torch.diagonal(rotated, dim1=-2, dim2=-1).argsort(-1, descending=True)
+        basis = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
         for _ in range(warm_start.iterations):
             basis = linalg.orthonormalized(factor @ basis)
     values = torch.einsum("...ji,...jk,...ki->...i", basis, factor, basis)

@@ -1,6 +1,6 @@
-"""What travels, and where to: three exchanges, each one message a pair of ranks however many layers there are.
+"""What travels, and where to: three exchanges, few messages a pair of ranks however many layers there are.
 
-    statistics        every rank ─► the owner of each factor, who adds them up        (factor steps, packed triangles)
+    statistics        every rank ─► the owner of each factor, who adds them up        (factor steps; ``reduction``)
     decompositions    owner ─► the gradient workers of the layer's column             (inverse steps)
     gradients         gradient worker ─► the receivers along its row                  (every step)
 
@@ -9,7 +9,6 @@ Sizes follow from the placement alone, so that no rank has to ask another what c
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import reduce
 from hashlib import sha256
 
@@ -17,29 +16,14 @@ import torch
 from torch import Tensor
 
 from kaisa.errors import ConfigurationError, DecompositionError
-from kaisa.kfac import linalg, solvers
-from kaisa.kfac.collectives import Collectives, Wait
-from kaisa.kfac.decompositions import Key
-from kaisa.kfac.factors import Factors, Pair, Statistics
+from kaisa.kfac import solvers
+from kaisa.kfac.collectives import Collectives
+from kaisa.kfac.factors import Factors, Pair
 from kaisa.kfac.payload import Payload, decode, encode, encoded_length
-from kaisa.kfac.placement import FactorShape, LayerShape, Placement
+from kaisa.kfac.placement import LayerShape, Placement
+from kaisa.kfac.reduction import Reduction
+from kaisa.kfac.routes import A, G, Key, Routes
 from kaisa.kfac.solvers import Decomposition, Solver
-
-A, G = 0, 1
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How much all ranks have summed of a layer.
-
-    Attributes:
-        positions, examples: as in ``Statistics``.
-        is_finite: whether every rank's sums are, and any rank has some; None where nobody has looked.
-    """
-
-    positions: float | Tensor
-    examples: float | Tensor
-    is_finite: Tensor | None
 
 
 class Transport:
@@ -69,21 +53,21 @@ class Transport:
     ) -> None:
         self.collectives = collectives
         self.placement = placement
-        self.shapes = {shape.name: shape for shape in shapes}
+        self.routes = Routes(placement, tuple(shapes), payload.bucket_bytes)
+        self.shapes = self.routes.shapes
         self.solver = solver
         self.payload = payload
         self.summed_in = summed_in
         self.held_in = held_in
         # One message holds all layers: its type holds those of all of them.
-        self.sums_like = torch.empty(0, dtype=_widest(summed_in.values()), device=device)
+        sums_like = torch.empty(0, dtype=_widest(summed_in.values()), device=device)
+        self.reduction = Reduction(collectives, self.routes, payload, summed_in, sums_like)
         self.like = torch.empty(0, dtype=_widest(held_in.values()), device=device)
         self.is_alone = collectives.world_size == 1
         self.rank = collectives.rank
         self.world = tuple(range(collectives.world_size))
         self._messages = 0
-        self._sent: list[tuple[dict[str, Statistics], Wait]] = []
-        self._late: dict[str, Statistics] = {}
-        self.buckets = list(_buckets(shapes, payload.bucket_bytes))
+        self._own_error: DecompositionError | None = None
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Makes sure that all ranks were built alike.
@@ -112,160 +96,13 @@ class Transport:
 
     def owns(self, name: str, side: int) -> bool:
         """Says whether this rank averages and decomposes a factor."""
-        return self.rank in self._owners(name, side)
+        return self.rank in self.routes.owners((name, side))
 
     def is_gradient_worker(self, name: str) -> bool:
         """Says whether this rank holds a layer's decompositions and preconditions it."""
         return self.rank in self.placement[name].gradient_workers
 
-    def _owners(self, name: str, side: int) -> tuple[int, ...]:
-        assignment = self.placement[name]
-        return assignment.g_owners if side else assignment.a_owners
-
-    def _factor(self, name: str, side: int) -> FactorShape:
-        return self.shapes[name].g if side else self.shapes[name].a
-
-    # -------------------------------------------------------------------------------------------------- statistics
-
-    def reduce(self, local: Mapping[str, Statistics]) -> tuple[dict[str, Statistics], dict[str, "Counts"]]:
-        """Adds up statistics over ranks, each factor's at its owners.
-
-        Args:
-            local: this rank's sums; a layer that it has not used counts as zeros.
-
-        Returns:
-            The sums of the layers of which this rank owns a side, an empty tensor for a side that it does not own; and
-            of all layers how much was summed.
-        """
-        if self.is_alone:
-            return dict(local), {name: Counts(sums.positions, sums.examples, None) for name, sums in local.items()}
-        gone = {name for bucket in self.buckets[: len(self._sent)] for name in bucket}
-        for bucket in self.buckets[len(self._sent) :]:
-            self._send(bucket, local)
-        self._late = {name: sums for name, sums in local.items() if name in gone}
-        sent, self._sent = self._sent, []
-        local = {name: sums for part, _ in sent for name, sums in part.items()}
-        counts = self._count(local)
-        sides: dict[Key, Tensor] = {}
-        for bucket, (_, wait) in zip(self.buckets, sent, strict=True):
-            sides.update(self._added(bucket, wait()))
-        nowhere = self.like.new_empty(0)
-        return {
-            name: Statistics(
-                sides.get((name, A), nowhere),
-                sides.get((name, G), nowhere),
-                counts[name].positions,
-                counts[name].examples,
-                local[name].area if name in local else 1,
-                local[name].scale if name in local else 1.0,
-            )
-            for name in self.shapes
-            if (name, A) in sides or (name, G) in sides
-        }, counts
-
-    def is_nobody_heard(self, counts: Mapping[str, Counts]) -> bool:
-        """Says whether no rank has summed anything; makes the host wait, for a rank that has nothing else to do."""
-        total = torch.stack([torch.as_tensor(count.examples) for count in counts.values()]).sum()
-        return not total.cpu().numpy()
-
-    def send_next(
-        self, is_complete: Callable[[str], bool], take: Callable[[Sequence[str]], dict[str, Statistics]]
-    ) -> None:
-        """Sends the buckets that are complete, in their order and while the backward pass goes on.
-
-        When is each rank's own affair: all ranks send all buckets in one order, the last of them in ``reduce``. What
-        a layer sums after its bucket has gone, because it is used more often than before, goes with the next.
-
-        Args:
-            is_complete: says whether the sums of a layer will not grow any more in this step.
-            take: hands over the sums of some layers.
-        """
-        while len(self._sent) < len(self.buckets) and all(map(is_complete, self.buckets[len(self._sent)])):
-            bucket = self.buckets[len(self._sent)]
-            self._send(bucket, take(bucket))
-
-    def _count(self, local: Mapping[str, Statistics]) -> dict[str, "Counts"]:
-        host = torch.zeros(3, len(self.shapes), dtype=torch.float64)
-        for index, name in enumerate(self.shapes):
-            if name in local:
-                host[0, index], host[1, index] = float(local[name].positions), float(local[name].examples)
-        table = host.to(self.like.device)
-        for index, name in enumerate(self.shapes):
-            if name in local:
-                table[2, index] = ~torch.isfinite(self._sum_sent(local[name].a) + self._sum_sent(local[name].g))
-        total = self.collectives.total("counts", self.world, table)
-        return {
-            name: Counts(total[0, index], total[1, index], (total[2, index] == 0) & (total[1, index] > 0))
-            for index, name in enumerate(self.shapes)
-        }
-
-    def _sum_sent(self, sums: Tensor) -> Tensor:
-        """Returns the sum of what the others will see, which a payload of a short range may make infinite."""
-        form = self.payload.statistics
-        return sums.to(form).sum(dtype=sums.dtype) if isinstance(form, torch.dtype) else sums.sum()
-
-    def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
-        local = self._with_late(bucket, local)
-        form, self._messages = self.payload.statistics, self._messages + 1
-        chunks = [
-            encode(
-                [self._packed(local, key) for key in self._owned_by(rank, bucket)],
-                form,
-                self.sums_like,
-                seed=self._seed(self.rank, rank),
-            )
-            for rank in self.world
-        ]
-        size = encoded_length(self._sizes(bucket), form)
-        wait = self.collectives.exchange("statistics", self.world, chunks, [size] * len(self.world))
-        self._sent.append(({name: local[name] for name in bucket if name in local}, wait))
-
-    def _with_late(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> dict[str, Statistics]:
-        """Returns the sums of a bucket's layers and what came too late for the last factor step."""
-        result = {name: local[name] for name in bucket if name in local}
-        for name in bucket:
-            late = self._late.pop(name, None)
-            if late is not None:
-                if name in result:
-                    late.add_(result[name])
-                result[name] = late
-        return result
-
-    def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
-        """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
-        sizes, form = self._sizes(bucket), self.payload.statistics
-        total = torch.stack([decode(chunk, sizes, form, self.sums_like.dtype) for chunk in received]).sum(0)
-        keys = self._owned_by(self.rank, bucket)
-        parts = total.split([self._packed_size(key) for key in keys])
-        return {
-            key: self._unpacked(part.to(self.summed_in[key[0]]), key) for key, part in zip(keys, parts, strict=True)
-        }
-
-    def _owned_by(self, rank: int, bucket: Sequence[str]) -> list[Key]:
-        return [(name, side) for name in bucket for side in (A, G) if rank in self._owners(name, side)]
-
-    def _sizes(self, bucket: Sequence[str]) -> list[int]:
-        return [self._packed_size(key) for key in self._owned_by(self.rank, bucket)]
-
-    def _seed(self, sender: int, receiver: int) -> int:
-        """Returns what rounding at random starts from: another for every message."""
-        return (self._messages * len(self.world) + sender) * len(self.world) + receiver
-
-    def _packed_size(self, key: Key) -> int:
-        return self.shapes[key[0]].uses * self._factor(*key).packed_elements
-
-    def _packed(self, local: Mapping[str, Statistics], key: Key) -> Tensor:
-        if key[0] not in local:
-            return self.sums_like.new_zeros(self._packed_size(key))
-        sums = local[key[0]].g if key[1] else local[key[0]].a
-        return (sums if self._factor(*key).is_diagonal else linalg.pack(sums)).flatten()
-
-    def _unpacked(self, part: Tensor, key: Key) -> Tensor:
-        shape, factor = self.shapes[key[0]], self._factor(*key)
-        leading = ((shape.uses,) if shape.uses > 1 else ()) + ((factor.blocks,) if shape.has_blocks else ())
-        if factor.is_diagonal:
-            return part.reshape(*leading, factor.size)
-        return linalg.unpack(part.reshape(*leading, -1), factor.size)
+    # -------------------------------------------------------------------------------------------- corrected moments
 
     def total_moments(self, local: Mapping[str, Tensor], ready: AbstractSet[str]) -> dict[str, Tensor]:
         """Adds up squares in the eigenbasis of single examples' gradients over ranks, which all hold the same bases.
@@ -299,35 +136,56 @@ class Transport:
     def known(
         self, names: Sequence[str], factors: Factors, ready: AbstractSet[str]
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-        """Tells every rank the mean eigenvalues of all factors, and of which layers there is a factor to decompose."""
+        """Returns the mean eigenvalues of factors, and of which layers there is a factor to decompose.
+
+        Only solvers that damp the factors one by one need mean eigenvalues, which then are told to every rank.
+        """
+        begun = [name for name in names if name in ready]
+        if len(begun) < len(names):
+            # Decompositions make the host wait in any case; here it learns once for all layers.
+            begun = [name for name, is_seen in zip(names, self._seen(names, factors), strict=True) if is_seen]
+        if not self.solver.damps_factors:
+            none = self.like.new_zeros(())
+            return dict.fromkeys(begun, (none, none)), begun
         if self.is_alone:
-            begun = [name for name in names if name in ready or factors.has_begun(name)]
             return {name: self._means(name, factors[name]) for name in begun}, begun
+        return self._means_of_all(begun, factors), begun
+
+    def begun(self, names: Iterable[str], factors: Factors) -> list[str]:
+        """Returns the layers that have a factor on the ranks that own it; makes the host wait."""
+        names = list(names)
+        return [name for name, is_seen in zip(names, self._seen(names, factors), strict=True) if is_seen]
+
+    def restore_begun(self, names: Iterable[str]) -> None:
+        """Goes on from what ``begun`` returned."""
+        begun = set(names)
+        for name, heard in self.reduction.heard.items():
+            heard.fill_(name in begun)
+
+    def _seen(self, names: Sequence[str], factors: Factors) -> Sequence[bool]:
+        if self.is_alone:
+            return [factors.has_begun(name) for name in names]
+        return list(torch.stack([self.reduction.heard[name] for name in names]).cpu().numpy())
+
+    def _means_of_all(self, names: Sequence[str], factors: Factors) -> dict[str, tuple[Tensor, Tensor]]:
         blocks = {name: self.shapes[name].gradient[0] for name in names}
         row = [part for name in names for part in self._row(name, blocks[name], factors)]
         total = self.collectives.total("status", self.world, _joined(row, self.like.double()))
-        parts = iter(total.split([size for name in names for size in (blocks[name], blocks[name], 1)]))
-        means, weights = {}, []
+        parts = iter(total.split([size for name in names for size in (blocks[name], blocks[name])]))
+        means = {}
         for name in names:
-            pair = (next(parts).to(self.summed_in[name]), next(parts).to(self.summed_in[name]))
-            means[name] = pair if self.shapes[name].has_blocks else (pair[0][0], pair[1][0])
-            weights.append(next(parts))
-        # Decompositions make the host wait in any case; here it learns once for all layers.
-        seen = (torch.cat(weights) > 0).cpu().numpy()
-        return means, [name for name, is_seen in zip(names, seen, strict=True) if is_seen]
+            pair = tuple(next(parts).to(self.reduction.summed_in[name]) for _ in (A, G))
+            means[name] = (pair[0], pair[1]) if self.shapes[name].has_blocks else (pair[0][0], pair[1][0])
+        return means
 
     def _row(self, name: str, blocks: int, factors: Factors) -> list[Tensor]:
         zeros = self.like.new_zeros(blocks, dtype=torch.float64)
-        if name not in factors:
-            return [zeros, zeros, zeros[:1]]
-        is_first = [self._owners(name, side)[0] == self.rank for side in (A, G)]
-        means = [
-            solvers.mean_eigenvalue(factors[name].side(side), self._factor(name, side).is_diagonal).reshape(-1)
-            if is_first[side]
+        return [
+            solvers.mean_eigenvalue(factors[name].side(side), self.routes.factor((name, side)).is_diagonal).reshape(-1)
+            if self.routes.owners((name, side))[0] == self.rank
             else zeros
             for side in (A, G)
         ]
-        return [*means, factors.weight(name).reshape(1) if is_first[A] else zeros[:1]]
 
     def _means(self, name: str, pair: Pair) -> tuple[Tensor, Tensor]:
         return (
@@ -342,13 +200,21 @@ class Transport:
         exhausted: Sequence[str],
         ready: AbstractSet[str],
     ) -> set[str]:
-        """Tells every rank which layers could not be decomposed and have no earlier decomposition either.
+        """Returns the layers that could not be decomposed and have no earlier decomposition either, on all ranks alike.
+
+        When all layers have one nobody has to wait for the others: that patience is at its end goes as a note with the
+        next statistics, and ``raise_noted`` makes it an error on every rank.
 
         Raises:
             DecompositionError: on every rank, when the patience with a layer is at its end on one.
         """
         if self.is_alone:
             failed, ended = set(errors), list(exhausted)
+        elif all(name in ready for name in names):
+            if exhausted:
+                self.reduction.note = 1 + list(self.shapes).index(exhausted[0])
+                self._own_error = errors[exhausted[0]]
+            return set()
         else:
             flags = [[float(name in errors), float(name in exhausted)] for name in names]
             host = torch.tensor(flags, dtype=torch.float64).reshape(-1, 2)
@@ -356,13 +222,18 @@ class Transport:
             failed = {name for name, row in zip(names, table, strict=True) if row[0]}
             ended = [name for name, row in zip(names, table, strict=True) if row[1]]
         if ended:
-            name = ended[0]
-            reason = errors.get(name) or "on another rank"
-            raise DecompositionError(
-                f"layer {name!r}: too many decompositions in a row failed ({reason}); "
-                "raise the damping, or look at its factors in kfac.factors"
-            ) from errors.get(name)
+            raise _exhausted(ended[0], errors.get(ended[0]))
         return {name for name in failed if name not in ready}
+
+    def raise_noted(self) -> None:
+        """Raises what a rank has noted with its statistics; all ranks call it before they decompose.
+
+        Raises:
+            DecompositionError: the patience with a layer came to its end on one of the ranks.
+        """
+        noted = 0 if self.is_alone else int(self.reduction.noted.cpu().numpy())
+        if noted:
+            raise _exhausted(list(self.shapes)[noted - 1], self._own_error)
 
     def share(
         self, names: Sequence[str], computed: Mapping[Key, Decomposition]
@@ -377,7 +248,7 @@ class Transport:
         if not own:
             return {}
         column = self.placement[own[0]].gradient_workers
-        sent_by = {rank: self._sent_by(rank, own) for rank in column}
+        sent_by = {rank: self.routes.sent_by(rank, own) for rank in column}
         everything = dict(computed)
         if len(column) > 1 and any(sent_by.values()):
             message = _joined([part.flatten() for key in sent_by[self.rank] for part in computed[key]], self.like)
@@ -390,12 +261,8 @@ class Transport:
                     everything.update(self._decompositions(sent_by[rank], chunk))
         return {name: (everything[name, A], everything[name, G]) for name in own}
 
-    def _sent_by(self, rank: int, names: Sequence[str]) -> list[Key]:
-        """What one owner has and the others of the column lack; a factor that all own is sent by nobody."""
-        return [(name, side) for name in names for side in (A, G) if self._owners(name, side) == (rank,)]
-
     def _decomposition_shapes(self, key: Key) -> tuple[torch.Size, ...]:
-        shape, factor = self.shapes[key[0]], self._factor(*key)
+        shape, factor = self.shapes[key[0]], self.routes.factor(key)
         leading = (factor.blocks,) if shape.has_blocks else ()
         sides = (factor.size,) if factor.is_diagonal else (factor.size, factor.size)
         return self.solver.layout(torch.Size((*leading, *sides)), factor.is_diagonal)
@@ -412,33 +279,40 @@ class Transport:
 
     # --------------------------------------------------------------------------------------------------- gradients
 
-    def spread(self, names: Sequence[str], solved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gives every rank the preconditioned gradients of all layers, along its row.
+    def spread(self, names: Sequence[str], solved: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Gives every rank the preconditioned gradients of some layers, along its row.
 
         Args:
-            names: the layers that are preconditioned in this step; all ranks name the same.
+            names: the layers; all ranks name the same.
             solved: those that this rank has preconditioned.
+
+        Returns:
+            What waits for them all; other work can go on meanwhile.
         """
         row = self.placement.row(self.rank)
-        if len(row) == 1:
-            return dict(solved)
+        if len(row) == 1 or not names:
+            return lambda: dict(solved)
         by_sender: dict[int, list[str]] = {rank: [] for rank in row}
         for name in names:
             by_sender[self.placement.sender(name, self.rank)].append(name)
-        form, self._messages = self.payload.gradients, self._messages + 1
+        form = self.payload.gradients
         # The gradient workers of a layer stand in the same place of their rows and must round alike.
-        seed = self._seed(row.index(self.rank), 0)
+        seed = self._messages * len(self.world) + row.index(self.rank)
+        self._messages += 1
         message = encode([solved[name].flatten() for name in by_sender[self.rank]], form, self.like, seed)
         numbers = {rank: [self.shapes[name].gradient_elements for name in by_sender[rank]] for rank in row}
         sizes = [encoded_length(numbers[rank], form) for rank in row]
-        received = self.collectives.exchange("gradients", row, [message] * len(row), sizes)()
-        result: dict[str, Tensor] = {}
-        for rank, chunk in zip(row, received, strict=True):
-            everything = decode(chunk, numbers[rank], form, self.like.dtype)
-            parts = everything.split(numbers[rank])
-            for name, part in zip(by_sender[rank], parts, strict=True):
-                result[name] = part.reshape(self._matrix_shape(name)).to(self.held_in[name])
-        return result
+        wait = self.collectives.exchange("gradients", row, [message] * len(row), sizes)
+
+        def received() -> dict[str, Tensor]:
+            result: dict[str, Tensor] = {}
+            for rank, chunk in zip(row, wait(), strict=True):
+                parts = decode(chunk, numbers[rank], form, self.like.dtype).split(numbers[rank])
+                for name, part in zip(by_sender[rank], parts, strict=True):
+                    result[name] = part.reshape(self._matrix_shape(name)).to(self.held_in[name])
+            return result
+
+        return received
 
 
 def groups_of(placement: Placement) -> set[tuple[int, ...]]:
@@ -454,15 +328,10 @@ def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.cat([part.to(like.dtype) for part in parts]) if parts else like.new_empty(0)
 
 
-def _buckets(shapes: Sequence[LayerShape], most: int) -> Iterator[tuple[str, ...]]:
-    """Groups layers, the last first as the backward pass reaches them, into messages of about ``most`` bytes."""
-    bucket: list[str] = []
-    size = 0
-    for shape in reversed(shapes):
-        bucket.append(shape.name)
-        size += 4 * shape.uses * (shape.a.packed_elements + shape.g.packed_elements)
-        if size >= most:
-            yield tuple(bucket)
-            bucket, size = [], 0
-    if bucket:
-        yield tuple(bucket)
+def _exhausted(name: str, error: DecompositionError | None) -> DecompositionError:
+    failure = DecompositionError(
+        f"layer {name!r}: too many decompositions in a row failed ({error or 'on another rank'}); "
+        "raise the damping, or look at its factors in kfac.factors"
+    )
+    failure.__cause__ = error
+    return failure

@@ -20,6 +20,7 @@ from kaisa.kfac.account import Account, Sent, account
 from kaisa.kfac.coverage import discover
 from kaisa.kfac.layers import EXPAND, REDUCE, LayerOptions
 from kaisa.kfac.placement import FactorShape, LayerShape, place
+from kaisa.kfac.routes import is_worth_deferring
 from kaisa.kfac.solvers import EKFAC, Solver
 from kaisa.recipes.zoo import planned_model
 
@@ -40,9 +41,16 @@ def build_accounts(model: str, world_size: int, solver: str = "eigen") -> list[A
 
 
 def account_of(shapes: Sequence[LayerShape], world_size: int, workers: int, solver: Solver) -> Account:
-    """Return the account of one placement in float32."""
+    """Return the account of one placement in float32, with what is the default there."""
     placement = place(shapes, world_size, workers)
-    return account(placement, shapes, numbers_held_by(solver), has_moments=isinstance(solver, EKFAC))
+    return account(
+        placement,
+        shapes,
+        numbers_held_by(solver),
+        has_moments=isinstance(solver, EKFAC),
+        damps_factors=solver.damps_factors,
+        deferred=is_worth_deferring(world_size, workers, shapes),
+    )
 
 
 def layer_shapes(build: Callable[[], nn.Module]) -> list[LayerShape]:
