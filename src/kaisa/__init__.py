@@ -1,6 +1,7 @@
 """Second-order training of deep networks in PyTorch, and what its curvature tells about them afterwards."""
 
 from kaisa.errors import ConfigurationError, DataError, DecompositionError, KaisaError, StateError
+from kaisa.kfac.planning import plan
 from kaisa.kfac.preconditioner import KFACPreconditioner
 
 __version__ = "0.1.0"
@@ -13,4 +14,5 @@ __all__ = [
     "KaisaError",
     "StateError",
     "__version__",
+    "plan",
 ]
