@@ -1,6 +1,7 @@
 """The command `kaisa`.
 
     kaisa train                trains on images, with a first-order optimizer and with the same behind K-FAC
+    kaisa plan                 the fastest placement that fits on other hardware, or measures this machine
     kaisa bench distributed    what each placement sends and holds, by formula
 
 Exit status: 0 done; 1 a rank was lost; 2 bad input, said in one line on standard error, with nothing
@@ -36,7 +37,9 @@ from kaisa.kfac.collectives import (
     leave_world,
     start_processes,
 )
+from kaisa.kfac.hardware import Hardware, shipped_profiles
 from kaisa.kfac.placement import COMM_OPT, HYBRID_OPT, MEM_OPT
+from kaisa.recipes.calibration import calibrate
 from kaisa.recipes.comparison import (
     check_folder,
     check_same_data,
@@ -46,7 +49,9 @@ from kaisa.recipes.comparison import (
 from kaisa.recipes.data import Data, read_data
 from kaisa.recipes.distributed import build_accounts, describe_account
 from kaisa.recipes.extras import load_extra
+from kaisa.recipes.files import written_whole
 from kaisa.recipes.options import Options
+from kaisa.recipes.plan import ALLOWED, build_plan, describe_plan, draw_trade_off
 from kaisa.recipes.progress import TerminalProgress
 from kaisa.recipes.record import FILE, Record
 from kaisa.recipes.report import build_table, conclude, draw_plot
@@ -347,6 +352,121 @@ def _report(record: Record, folder: Path, console: Console) -> None:
     console.print(build_table(record))
     console.print(conclude(record), highlight=False, soft_wrap=True)
     console.print(f"plot and record: {plot}, {folder / FILE}", highlight=False, soft_wrap=True)
+
+
+PLANNED = "What is planned"
+CHOICE = "What may be chosen"
+FILES = "Files"
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[str, _option(f"One of {', '.join(PLANNED_MODELS)} [resnet50]", panel=PLANNED)] = "resnet50",
+    world_size: Annotated[int, _option("How many ranks [64]", panel=PLANNED)] = 64,
+    hardware: Annotated[
+        str | None,
+        _option(f"{', '.join(shipped_profiles())}, or a file that --calibrate has made", panel=PLANNED),
+    ] = None,
+    batch: Annotated[int | None, _option("Examples a rank [as the model is usually trained]", panel=PLANNED)] = None,
+    factor_update_steps: Annotated[int, _option("Steps between two updates of the factors [10]", panel=PLANNED)] = 10,
+    inv_update_steps: Annotated[int, _option("Steps between two decompositions [100]", panel=PLANNED)] = 100,
+    solver: Annotated[
+        str, _option("eigen, warm_eigen, cholesky, ekfac or sqrt_ekfac [eigen]", panel=PLANNED)
+    ] = "eigen",
+    memory_budget: Annotated[
+        str | None, _option("Memory of a rank that K-FAC may take, such as 2GiB [any]", panel=CHOICE)
+    ] = None,
+    allow: Annotated[
+        list[str] | None, _option(f"Let it choose this too: {', '.join(ALLOWED)}; may be repeated", panel=CHOICE)
+    ] = None,
+    output: Annotated[Path | None, _option("Write the plan, or the profile, as JSON", panel=FILES)] = None,
+    plot: Annotated[Path | None, _option("Draw memory against time as PNG", panel=FILES)] = None,
+    calibrate_machine: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine instead", rich_help_panel=MACHINE)
+    ] = False,
+    nproc: Annotated[
+        int | None, _option("Processes to measure with [2; on GPUs one each; or torchrun's]", panel=MACHINE)
+    ] = None,
+    device: Annotated[str, _option("cpu or cuda, to measure [cpu]", panel=MACHINE)] = "cpu",
+) -> int:
+    """Predict memory, traffic and time of every placement of a model, and choose the fastest that fits.
+
+    None of the ranks is needed: models have no storage here, and the hardware is a profile.
+    """
+    for path in (output, plot):
+        _check_writable(path)
+    if calibrate_machine:
+        return _calibrate(device, nproc, output, context.obj)
+    if hardware is None:
+        known = ", ".join(shipped_profiles())
+        raise ConfigurationError(f"give --hardware: {known}, or a file that `kaisa plan --calibrate` has made")
+    made = build_plan(
+        model,
+        world_size,
+        hardware,
+        memory_budget=memory_budget,
+        batch=batch,
+        allow=allow or [],
+        solver=solver,
+        factor_update_steps=factor_update_steps,
+        inv_update_steps=inv_update_steps,
+    )
+    describe_plan(made, Console(highlight=False))
+    if plot is not None:
+        draw_trade_off(made, plot)
+    if output is not None:
+        _write(output, made.to_json())
+    return 0
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigurationError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _calibrate(name: str, nproc: int | None, output: Path | None, arguments: Sequence[str]) -> int:
+    """Measure this machine as one of its ranks; the first speaks and writes."""
+    if output is None:
+        raise ConfigurationError("--calibrate needs --output, the file of the profile")
+    if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
+        raise ConfigurationError(f"there is no device {name!r} to measure; give cpu, or cuda where there is one")
+    device = torch.device(name)
+    usual = torch.cuda.device_count() if device.type == "cuda" else 2
+    count = _count_ranks(nproc) if nproc is not None or launched_world() is not None else usual
+    if count < 1:
+        raise ConfigurationError(f"nproc is {count}; give a whole number of at least 1")
+    if launched_world() is None and count > 1:
+        return start_processes(count, arguments)
+    console = Console(highlight=False, quiet=(launched_world() or (0, 1))[0] != 0)
+    try:
+        ranks = join_world(device)
+        with absent_ranks_named(), console.status("") as status:
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            found = calibrate(ranks, device, ranks_per_node=per_node, report=lambda text: status.update(text))
+    finally:
+        leave_world()
+    if not console.quiet:
+        _write(output, found.to_json())
+        _describe_profile(found, output, console)
+    return 0
+
+
+def _describe_profile(found: Hardware, output: Path, console: Console) -> None:
+    console.print(f"{found.name}: {found.ranks_per_node} ranks a node", markup=False)
+    products = max(rate for _, rate in found.products["float32"])
+    order, seconds = found.decompositions["eigen"][-1]
+    exchange = found.exchange_inside
+    console.print(f"products of matrices in float32: {products / 1e9:,.0f} GFLOP/s; forward and backward passes reach")
+    console.print(f"{100 * found.training:.0f} % of it; copies {found.memory_bandwidth / 1e9:.1f} GB/s")
+    console.print(f"eigendecomposition of order {order:.0f}: {seconds:.2f} s")
+    console.print(f"exchange: {1e6 * exchange.latency:.0f} µs and {exchange.bandwidth / 1e9:.2f} GB/s a rank")
+    console.print(f"profile: {output}", soft_wrap=True, markup=False)
 
 
 @bench.callback()
