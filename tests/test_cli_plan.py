@@ -32,6 +32,10 @@ def test_a_plan_is_told_written_and_drawn(capfd: pytest.CaptureFixture[str]) -> 
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_shipped_machine_goes_by_its_short_name_too() -> None:
+    assert Hardware.load("v100") == Hardware.load("V100-EDR")
+
+
 def test_intervals_batch_and_solver_reach_the_plan(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--solver", "cholesky", "--factor-update-steps", "2", "--inv-update-steps", "20", "--batch", "7"]
     assert run([*PLAN, *options, "--output", "plan.json"]) == 0

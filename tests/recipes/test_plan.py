@@ -18,12 +18,10 @@ from kaisa.recipes.plan import (
     allowed_choices,
     build_figure,
     build_plan,
-    bytes_text,
     call_of,
     describe_plan,
     draw_trade_off,
     fraction_of,
-    seconds_text,
 )
 
 WORLDS = {"one rank": 1, "eight ranks": 8, "twelve fractions": 60}
@@ -128,21 +126,6 @@ def test_bars_stand_for_the_parts_of_a_step(plans: dict[str, Plan]) -> None:
         limit = time.get_ylim()[1] / 1.22
         expected = (row.average_step - row.seconds["model"]) * scale
         assert height == pytest.approx(min(expected, limit), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1536, "1.5 KiB"), (2**30, "1 GiB"), (300 * 2**30, "300 GiB")],
-)
-def test_bytes_are_told_in_the_unit_that_suits_them(size: int, text: str) -> None:
-    assert bytes_text(size) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0"), (2e-7, "0.2 µs"), (1.5e-3, "1.5 ms"), (0.213, "213 ms"), (2.97, "2.97 s")]
-)
-def test_times_are_told_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
-    assert seconds_text(seconds) == text
 
 
 def test_only_what_is_allowed_is_chosen() -> None:

@@ -94,15 +94,17 @@ class Hardware:
 
     @classmethod
     def load(cls, profile: "str | Path | Hardware") -> "Hardware":
-        """Returns a shipped profile by its name, or one that was kept in a file.
+        """Returns a shipped profile by its name ("v100" for "v100-edr"), or one that was kept in a file.
 
         Raises:
             ConfigurationError: there is no such profile or file, or it is not a profile.
         """
         if isinstance(profile, Hardware):
             return profile
-        shipped = resources.files("kaisa.kfac") / "profiles" / f"{str(profile).lower()}.json"
-        if str(profile).lower() in shipped_profiles():
+        wanted = str(profile).lower()
+        named = [name for name in shipped_profiles() if wanted in (name, name.split("-")[0])]
+        if named:
+            shipped = resources.files("kaisa.kfac") / "profiles" / f"{named[0]}.json"
             return cls.from_json(shipped.read_text(encoding="utf-8"))
         if not Path(profile).is_file():
             known = ", ".join(shipped_profiles())

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.account import Sent
+from kaisa.kfac.explanation import in_bytes, in_seconds
 from kaisa.kfac.payload import Payload
 from kaisa.kfac.planner import Choices, Plan
 from kaisa.kfac.planning import plan
@@ -127,7 +128,7 @@ def fraction_of(prediction: Prediction) -> str:
 def _title(made: Plan) -> str:
     chosen = made.chosen
     ranks, workload = chosen.placement.world_size, chosen.workload
-    budget = "no memory budget" if made.memory_budget is None else f"at most {bytes_text(made.memory_budget)} a rank"
+    budget = "no memory budget" if made.memory_budget is None else f"at most {in_bytes(made.memory_budget)} a rank"
     return (
         f"{workload.name}: {workload.parameters / 1e6:,.1f} million parameters, {len(workload.layers)} layers, "
         f"{workload.batch} examples a rank; {ranks} ranks of {chosen.hardware.name}, {budget}"
@@ -146,11 +147,11 @@ def _memory_table(made: Plan, rows: Sequence[Prediction]) -> Table:
     table = _table("memory of the fullest rank", ["fraction", *kinds, "for a while", "peak", ""])
     for row in rows:
         held = row.fullest
-        cells = [bytes_text(held.get(kind, 0)) for kind in kinds]
+        cells = [in_bytes(held.get(kind, 0)) for kind in kinds]
         while_busy = held["peak"] - sum(held.get(kind, 0) for kind in MEMORY)
         fits = made.memory_budget is None or row.peak <= made.memory_budget
         verdict = "chosen" if _is_choice(row, made.chosen) else "" if fits else "does not fit"
-        _add(table, made.chosen, row, [*cells, bytes_text(while_busy), bytes_text(held["peak"]), verdict], fits=fits)
+        _add(table, made.chosen, row, [*cells, in_bytes(while_busy), in_bytes(held["peak"]), verdict], fits=fits)
     return table
 
 
@@ -159,7 +160,7 @@ def _traffic_table(chosen: Prediction, rows: Sequence[Prediction]) -> Table:
     table = _table("sent by the rank that sends most", headings)
     for row in rows:
         steps = (row.account.factor_step, row.account.inverse_step, row.account.every_step)
-        sent = [bytes_text(_most(step, lambda part: part.bytes)) for step in steps]
+        sent = [in_bytes(_most(step, lambda part: part.bytes)) for step in steps]
         _add(table, chosen, row, [*sent, f"{_most(row.account.every_step, lambda part: part.calls):,}"])
     return table
 
@@ -167,10 +168,10 @@ def _traffic_table(chosen: Prediction, rows: Sequence[Prediction]) -> Table:
 def _time_table(chosen: Prediction, rows: Sequence[Prediction]) -> Table:
     table = _table("time of each phase when it comes", ["fraction", *PHASES, "mean step", "K-FAC adds"])
     for row in rows:
-        phases = [seconds_text(row.seconds.get(phase, 0.0)) for phase in PHASES]
+        phases = [in_seconds(row.seconds.get(phase, 0.0)) for phase in PHASES]
         model = row.seconds["model"]
         added = f"{100 * (row.average_step / model - 1):.0f} %" if model else ""
-        _add(table, chosen, row, [*phases, seconds_text(row.average_step), added])
+        _add(table, chosen, row, [*phases, in_seconds(row.average_step), added])
     return table
 
 
@@ -185,25 +186,6 @@ def _is_choice(row: Prediction, chosen: Prediction) -> bool:
 
 def _most(step: Sequence[Mapping[str, Sent]], figure: Callable[[Sent], int]) -> int:
     return max(sum(figure(part) for part in kinds.values()) for kinds in step)
-
-
-def bytes_text(size: float) -> str:
-    """Return a number of bytes in the unit that suits it."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while abs(size) >= 1000 and power + 1 < len(units):
-        size, power = size / 1024, power + 1
-    return f"{size:.0f} {units[power]}" if power == 0 or size >= 100 else f"{size:.3g} {units[power]}"
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    if seconds == 0:
-        return "0"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{seconds / size:.3g} {unit}" if seconds / size < 100 else f"{seconds / size:,.0f} {unit}"
-    raise AssertionError("every time has a unit")
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
