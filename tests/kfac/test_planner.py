@@ -14,9 +14,9 @@ import pytest
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.explanation import in_bytes, in_seconds
 from kaisa.kfac.hardware import Hardware
-from kaisa.kfac.placement import FactorShape, LayerShape, place
+from kaisa.kfac.placement import FactorShape, LayerShape
 from kaisa.kfac.planner import Choices, Plan, choose, parse_bytes
-from kaisa.kfac.prediction import predict
+from kaisa.kfac.prediction import placed, predict
 from kaisa.kfac.workload import LayerWork, Settings, Workload
 from tests.support.published import FACTOR_STEPS, INVERSE_STEPS, WORKERS, WORLD_SIZE, resnet
 
@@ -35,10 +35,10 @@ def test_the_choice_is_the_fastest_of_all_combinations(free: Plan) -> None:
     assert free.chosen is free.candidates[0]
     assert all(first.average_step <= second.average_step for first, second in pairwise(free.candidates))
     every = [
-        predict(RESNET, place(RESNET.shapes, WORLD_SIZE, workers, colocate=colocate), V100, settings).average_step
+        predict(RESNET, placed(RESNET, WORLD_SIZE, workers, V100, settings), V100, settings).average_step
         for workers in WORKERS
         for colocate in (False, True)
-        for settings in (replace(SETTINGS, deferred=deferred) for deferred in (False, True))
+        for settings in (replace(SETTINGS, colocate=colocate, deferred=deferred) for deferred in (False, True))
     ]
     assert free.chosen.average_step == pytest.approx(min(every), rel=1e-12)
 
@@ -103,8 +103,8 @@ def test_options_are_arguments_of_the_preconditioner(free: Plan) -> None:
     assert options["solver"] == "eigen"
     assert options["payload"]["deferred"] == free.chosen.is_deferred
     assert options["colocate_factors"] == free.chosen.settings.colocate
-    again = place(RESNET.shapes, WORLD_SIZE, free.chosen.placement.workers, colocate=options["colocate_factors"])
-    assert again == free.chosen.placement
+    assert options["local_below"] == "auto"
+    assert options["ranks_per_node"] == V100.ranks_per_node
 
 
 def test_one_process_has_one_placement_and_nothing_to_defer() -> None:
@@ -113,6 +113,13 @@ def test_one_process_has_one_placement_and_nothing_to_defer() -> None:
     assert plan.options["grad_worker_fraction"] == 1.0
     assert not plan.chosen.is_deferred
     assert plan.chosen.bytes_a_step == 0
+
+
+def test_statistics_of_tied_layers_and_of_spread_decompositions_never_wait() -> None:
+    tied = LayerShape("tied", FactorShape(9, is_diagonal=True), FactorShape(4), (1, 4, 9), uses=2)
+    workload = Workload("tied", (LayerWork(tied, 5),))
+    assert not any(prediction.is_deferred for prediction in choose(workload, 4, V100).candidates)
+    assert not any(prediction.is_deferred for prediction in choose(RESNET, 4, V100, Settings(spread=True)).candidates)
 
 
 def test_a_plan_says_in_plain_words_what_was_chosen_and_why_not_another(free: Plan) -> None:
@@ -183,6 +190,8 @@ def test_sizes_and_times_are_said_in_three_digits() -> None:
 def test_unknown_solvers_and_payloads_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="knows no solver 'magic'"):
         Settings(solver="magic")
+    with pytest.raises(ConfigurationError, match=r"Settings.local_below is 'never'; give a whole number, or 'auto'"):
+        Settings(local_below="never")
     with pytest.raises(ConfigurationError, match=r"Settings.gradients is 'float8'; give one of None, 'float32'"):
         Settings(gradients="float8")
 

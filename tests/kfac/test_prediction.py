@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import kaisa
 from kaisa.kfac.hardware import Hardware, Link
 from kaisa.kfac.payload import Payload
-from kaisa.kfac.placement import FactorShape, LayerShape, place
-from kaisa.kfac.prediction import Prediction, predict
+from kaisa.kfac.placement import FactorShape, LayerShape, Placement, place
+from kaisa.kfac.prediction import Prediction, placed, predict
 from kaisa.kfac.survey import survey
 from kaisa.kfac.workload import LayerWork, Settings, Workload, statistics_operations
 from tests.support.training import batch, network
@@ -76,10 +76,15 @@ def tied_arguments() -> tuple[Tensor, ...]:
     return examples.images, examples.tokens
 
 
+def untied() -> nn.Module:
+    return network(is_tied=False)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]], int]] = {
     "perceptron": (perceptron, lambda: images((6,)), 4),
     "convolutional": (convolutional, lambda: images((3, 8, 8)), 4),
     "tied network of float64": (network, tied_arguments, 8),
+    "network with an embedding of float64": (untied, tied_arguments, 8),
 }
 FRACTIONS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 
@@ -141,13 +146,41 @@ def _compare(
     settings: Settings,
 ) -> None:
     workload = survey(build(), arguments)
-    placement = place(workload.shapes, len(found), workers)
-    predicted = predict(workload, placement, Hardware.load("v100-edr"), settings)
+    hardware, settings = Hardware.load("v100-edr"), replace(settings, factor_update_steps=1, inv_update_steps=10)
+    placement = placed(workload, len(found), workers, hardware, settings)
+    predicted = predict(workload, placement, hardware, settings)
     for own, memory in zip(found, predicted.memory, strict=True):
         assert own["total"] > 0
         for kind, size in own.items():
             assert memory[kind] == pytest.approx(size, rel=0.01), kind
         assert memory["peak"] > memory["total"]
+
+
+@pytest.mark.parametrize("deferred", [None, False, True])
+@pytest.mark.parametrize("local_below", ["auto", 0, 5])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_placement_is_the_one_that_the_preconditioner_makes(
+    workers: int, local_below: int | str, deferred: bool | None
+) -> None:
+    def main(collectives: Simulated) -> Placement:
+        return kaisa.KFACPreconditioner(
+            network(is_tied=False),
+            collectives=collectives,
+            kl_clip=None,
+            grad_worker_fraction=workers / 4,
+            local_below=local_below,
+            ranks_per_node=2,
+            factor_dtype=torch.float64,
+            factor_update_steps=2,
+            inv_update_steps=4,
+            payload=Payload(deferred=deferred),
+        ).placement
+
+    settings = Settings(
+        factor_update_steps=2, inv_update_steps=4, local_below=local_below, deferred=deferred, factor_bytes=8
+    )
+    expected = placed(survey(untied(), tied_arguments()), 4, workers, UNIT, settings)
+    assert run(4, main) == [expected] * 4
 
 
 def test_the_peak_is_that_of_an_owner_to_whom_all_others_send() -> None:

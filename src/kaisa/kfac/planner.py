@@ -14,8 +14,8 @@ from typing import Any
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.explanation import description, in_bytes, reasons, table
 from kaisa.kfac.hardware import Hardware
-from kaisa.kfac.placement import Placement, place
-from kaisa.kfac.prediction import Prediction, predict
+from kaisa.kfac.placement import Placement
+from kaisa.kfac.prediction import Prediction, placed, predict
 from kaisa.kfac.workload import Settings, Workload
 
 
@@ -62,6 +62,7 @@ class Plan:
             "grad_worker_fraction": placement.fraction,
             "colocate_factors": settings.colocate,
             "local_below": settings.local_below,
+            "ranks_per_node": placement.ranks_per_node,
             "payload": {
                 "statistics": settings.statistics,
                 "gradients": settings.gradients,
@@ -135,7 +136,7 @@ def choose(
     settings, choices = settings or Settings(), choices or Choices()
     found = [
         predict(workload, placement, hardware, each)
-        for placement, each in _combinations(workload, world_size, settings, choices)
+        for placement, each in _combinations(workload, world_size, hardware, settings, choices)
     ]
     candidates = tuple(sorted(found, key=lambda prediction: (prediction.average_step, prediction.peak)))
     fitting = [prediction for prediction in candidates if _fits(prediction, memory_budget)]
@@ -161,40 +162,37 @@ def parse_bytes(text: str | int) -> int:
 
 
 def _combinations(
-    workload: Workload, world_size: int, settings: Settings, choices: Choices
+    workload: Workload, world_size: int, hardware: Hardware, settings: Settings, choices: Choices
 ) -> Iterator[tuple[Placement, Settings]]:
     """Yields every placement with every way of working, each once and the usual first."""
-    divisors = [count for count in range(1, world_size + 1) if world_size % count == 0]
+    divisors = tuple(count for count in range(1, world_size + 1) if world_size % count == 0)
     is_alone = world_size == 1
-    may_defer = not (is_alone or settings.spread)
-    for workers, colocate in product(
-        choices.workers or divisors, _of(() if is_alone else choices.colocate, settings.colocate)
+    is_tied = any(shape.uses > 1 for shape in workload.shapes)  # its pair is not linear in its sums: they cannot wait
+    may_defer = not (is_alone or is_tied or settings.spread)
+    for workers, colocate, deferred, solver, statistics, gradients, (factor_steps, inverse_steps) in product(
+        _of(choices.workers, *divisors),
+        _of(() if is_alone else choices.colocate, settings.colocate),
+        _of(choices.deferred if may_defer else (), settings.deferred),
+        _of(choices.solvers, settings.solver),
+        _of(choices.statistics, settings.statistics),
+        _of(choices.gradients, settings.gradients),
+        _of(choices.intervals, (settings.factor_update_steps, settings.inv_update_steps)),
     ):
-        placement = place(workload.shapes, world_size, workers, colocate=colocate, local_below=settings.local_below)
-        for deferred, solver, statistics, gradients, (factor_steps, inverse_steps) in product(
-            _of(choices.deferred if may_defer else (), settings.deferred),
-            _of(choices.solvers, settings.solver),
-            _of(choices.statistics, settings.statistics),
-            _of(choices.gradients, settings.gradients),
-            _of(choices.intervals, (settings.factor_update_steps, settings.inv_update_steps)),
-        ):
-            yield (
-                placement,
-                replace(
-                    settings,
-                    colocate=colocate,
-                    deferred=deferred,
-                    solver=solver,
-                    statistics=statistics,
-                    gradients=gradients,
-                    factor_update_steps=factor_steps,
-                    inv_update_steps=inverse_steps,
-                ),
-            )
+        each = replace(
+            settings,
+            colocate=colocate,
+            deferred=deferred,
+            solver=solver,
+            statistics=statistics,
+            gradients=gradients,
+            factor_update_steps=factor_steps,
+            inv_update_steps=inverse_steps,
+        )
+        yield placed(workload, world_size, workers, hardware, each), each
 
 
-def _of(allowed: Iterable[Any] | None, otherwise: Any) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(allowed or ())) or (otherwise,)
+def _of(allowed: Iterable[Any] | None, *otherwise: Any) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(allowed or ())) or otherwise
 
 
 def _fits(prediction: Prediction, memory_budget: int | None) -> bool:
@@ -228,7 +226,7 @@ def _smaller(prediction: Prediction) -> Iterator[tuple[str, Prediction]]:
         yield text, predict(workload, prediction.placement, hardware, replace(settings, **changes))
     for factor in (2, 4, 8, 16):
         world_size = factor * prediction.placement.world_size
-        placement = place(workload.shapes, world_size, 1, colocate=settings.colocate)
+        placement = placed(workload, world_size, 1, hardware, settings)
         other = predict(workload, placement, hardware, settings)
         yield f"{world_size} ranks (MEM-OPT, {in_bytes(other.peak)} each)", other
 

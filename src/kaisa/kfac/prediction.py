@@ -7,7 +7,7 @@ from kaisa.kfac.account import Account, Sent, account
 from kaisa.kfac.footprint import footprint
 from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.phases import Phases
-from kaisa.kfac.placement import LayerShape, Placement
+from kaisa.kfac.placement import LayerShape, LocalRule, Placement, place
 from kaisa.kfac.routes import is_worth_deferring
 from kaisa.kfac.shares import by_column, by_owner
 from kaisa.kfac.workload import SOLVERS, Settings, Workload, statistics_operations
@@ -79,7 +79,7 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
     Raises:
         ConfigurationError: the profile has no times for the solver.
     """
-    solver, waits = SOLVERS[settings.solver], is_deferred(settings, placement, workload)
+    solver, waits = SOLVERS[settings.solver], _is_deferred(settings, placement.world_size, placement.workers, workload)
     sent = account(
         placement,
         workload.shapes,
@@ -115,15 +115,29 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
     )
 
 
-def is_deferred(settings: Settings, placement: Placement, workload: Workload) -> bool:
-    """Says whether statistics wait on their rank until decompositions are due."""
-    if placement.world_size == 1 or settings.spread:
-        return False
-    return (
-        is_worth_deferring(placement.world_size, placement.workers, workload.shapes)
-        if settings.deferred is None
-        else settings.deferred
+def placed(workload: Workload, world_size: int, workers: int, hardware: Hardware, settings: Settings) -> Placement:
+    """Returns the placement that ``KFACPreconditioner`` makes of these settings on this machine."""
+    is_auto = settings.local_below == "auto"
+    exchanges = max(1.0, settings.inv_update_steps / settings.factor_update_steps)
+    if _is_deferred(settings, world_size, workers, workload):
+        exchanges = 1.0
+    return place(
+        workload.shapes,
+        world_size,
+        workers,
+        colocate=settings.colocate,
+        local_below=0 if isinstance(settings.local_below, str) else settings.local_below,
+        local_rule=LocalRule(exchanges, bytes_per_number=settings.factor_bytes) if is_auto else None,
+        ranks_per_node=None if world_size % hardware.ranks_per_node else hardware.ranks_per_node,
     )
+
+
+def _is_deferred(settings: Settings, world_size: int, workers: int, workload: Workload) -> bool:
+    """Says whether statistics wait on their rank until decompositions are due."""
+    if world_size == 1 or settings.spread:
+        return False
+    is_worth_it = is_worth_deferring(world_size, workers, workload.shapes)
+    return is_worth_it if settings.deferred is None else settings.deferred
 
 
 def _solve_operations(shape: LayerShape, products: int) -> float:

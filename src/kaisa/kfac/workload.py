@@ -119,7 +119,8 @@ class Settings:
         bucket_bytes: of a message.
         deferred: whether statistics travel only when decompositions are due; None for the default, with COMM-OPT alone.
         colocate: whether A and G of a layer stay on one rank.
-        local_below: factors with a side below this are decomposed by every gradient worker.
+        local_below: factors with a side below this are decomposed by every gradient worker; "auto" for those for which
+            ``LocalRule`` says so.
         spread: whether decompositions are spread over the steps until the next.
         accumulation_steps: micro-batches of a step.
         factor_examples: the share of examples that enter the statistics.
@@ -135,7 +136,7 @@ class Settings:
     bucket_bytes: int = 25 * 2**20
     deferred: bool | None = None
     colocate: bool = False
-    local_below: int = 0
+    local_below: int | str = "auto"
     spread: bool = False
     accumulation_steps: int = 1
     factor_examples: float = 1.0
@@ -143,6 +144,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ConfigurationError(f"the planner knows no solver {self.solver!r}; give one of {', '.join(SOLVERS)}")
+        if self.local_below != "auto" and not isinstance(self.local_below, int):
+            raise ConfigurationError(f"Settings.local_below is {self.local_below!r}; give a whole number, or 'auto'")
         for name in ("statistics", "gradients"):
             form = getattr(self, name)
             if form not in FORMS:
