@@ -115,7 +115,7 @@ def test_products_that_add_in_place_are_counted() -> None:
 
 
 class Remembers(nn.Module):
-    """Keeps what it has seen, in a buffer, in an attribute and in what its hook has noted."""
+    """Keeps what it has seen, in a buffer and in an attribute, and draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Remembers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.cache = x
-        y: Tensor = self.linear(self.norm(x)) * self.scale
+        y: Tensor = self.linear(functional.dropout(self.norm(x))) * self.scale
         return y
 
 
