@@ -158,7 +158,7 @@ def test_timings_name_the_phases_that_ran(model: nn.Sequential) -> None:
         backward(model)
         kfac.step()
         timings = kfac.timings()
-    assert set(timings) == {"statistics", "factors", "inverses", "precondition"}
+    assert set(timings) == {"statistics", "factors", "inverses", "precondition", "reduce", "decompose", "share"}
     assert all(seconds > 0 for seconds in timings.values())
 
 

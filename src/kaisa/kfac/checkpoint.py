@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kaisa.errors import CheckpointError, CollectiveError, StateError
+from kaisa.kfac import shards
 from kaisa.kfac.coverage import unwrapped
 from kaisa.kfac.preconditioner import KFACPreconditioner
 
@@ -126,7 +127,7 @@ def load(
     _verify(chosen, index["files"], team)
     with team:
         tensors = team.collectives.read_shards(chosen, _wanted(kfac))
-        state = _kfac_state(kfac, index, tensors)
+        state = shards.assembled({**kfac.state_dict(), **index["kfac"]}, tensors, kfac.placement, kfac.collectives.rank)
         model_state = _matching(chosen, "model", index, tensors) if model is not None else None
         optimizer_state = _matching(chosen, "optimizer", index, tensors) if optimizer is not None else None
         lines = _differences(model, model_state, optimizer, optimizer_state)
@@ -192,7 +193,7 @@ def _contents(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns what the index says and the tensors that this rank offers to write."""
     state = kfac.state_dict()
-    tensors = _shard(kfac, state)
+    tensors = shards.offered(state, kfac.placement, kfac.collectives.rank)
     model_state = None if model is None else unwrapped(model).state_dict()
     buffers: dict[str, Tensor] = {}
     trees = {
@@ -215,41 +216,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     return result
-
-
-def _shard(kfac: KFACPreconditioner, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns what this rank writes of the state of K-FAC."""
-    rank = kfac.collectives.rank
-    tensors = {
-        f"ranks/{rank}/label_generator": state["label_generator"],
-        f"ranks/{rank}/example_generator": state["example_generator"],
-        f"ranks/{rank}/failures": torch.tensor([state["failures"].get(name, 0) for name in state["shapes"]]),
-    }
-    for name, entry in state["factors"].items():
-        assignment = kfac.placement[name]
-        if assignment.a_owners[0] == rank:
-            tensors[f"factors/{name}/a"] = entry["a"]
-            tensors[f"factors/{name}/weight"] = entry["weight"].reshape(1)
-        if assignment.g_owners[0] == rank:
-            tensors[f"factors/{name}/g"] = entry["g"]
-    for ordinal, stack in enumerate(state["decompositions"]):
-        for index, name in enumerate(stack["names"]):
-            if kfac.placement[name].gradient_workers[0] == rank:
-                tensors.update(_layer_of_stack(name, index, ordinal, stack))
-    return tensors
-
-
-def _layer_of_stack(name: str, index: int, ordinal: int, stack: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = {f"decompositions/{name}/stack": torch.tensor([ordinal])}
-    for side in ("a", "g"):
-        tensors.update({f"decompositions/{name}/{side}/{i}": part[index] for i, part in enumerate(stack[side])})
-    moments = stack["moments"]
-    if moments is not None:
-        terms = torch.as_tensor(moments["terms"], dtype=torch.float64)
-        tensors[f"decompositions/{name}/values"] = moments["values"][index]
-        tensors[f"decompositions/{name}/weight"] = moments["weight"].reshape(1)
-        tensors[f"decompositions/{name}/terms"] = terms.reshape(1)
-    return tensors
 
 
 def _packed(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -427,90 +393,8 @@ def _chosen(path: Path, team: _Team) -> Path:
 
 def _wanted(kfac: KFACPreconditioner) -> Callable[[str], bool]:
     """Says which tensors this rank needs."""
-    rank = kfac.collectives.rank
-    names: set[str] = set()
-    prefixes = ["model/", "optimizer/", "extra/"]
-    for name, assignment in kfac.placement.assignments:
-        owned = [side for side, owners in (("a", assignment.a_owners), ("g", assignment.g_owners)) if rank in owners]
-        names.update(f"factors/{name}/{part}" for part in (*owned, "weight") if owned)
-        if rank in assignment.gradient_workers:
-            prefixes.append(f"decompositions/{name}/")
-    generators = {f"ranks/{rank}/label_generator", f"ranks/{rank}/example_generator"}
-    starts = tuple(prefixes)
-    return lambda key: key in names or key in generators or key.startswith(starts) or key.endswith("/failures")
-
-
-def _kfac_state(kfac: KFACPreconditioner, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns the state of K-FAC as ``load_state_dict`` takes it on this rank."""
-    own = kfac.state_dict()
-    rank = kfac.collectives.rank
-    state = {**own, **index["kfac"]}
-    for generator in ("label_generator", "example_generator"):
-        state[generator] = tensors.get(f"ranks/{rank}/{generator}", own[generator])
-    state["deferred"] = {"is_waiting": False, "sums": {}}
-    state["factors"] = _factors(kfac, tensors)
-    state["decompositions"] = _stacks(kfac, tensors)
-    rows = [tensor for key, tensor in tensors.items() if key.startswith("ranks/") and key.endswith("/failures")]
-    counts = [max(int(count) for count in column) for column in zip(*(row.numpy() for row in rows), strict=True)]
-    mine = {name for name, a in kfac.placement.assignments if rank in (*a.a_owners, *a.g_owners)}
-    failed = zip(index["kfac"]["shapes"], counts, strict=True)
-    state["failures"] = {name: count for name, count in failed if count and name in mine}
-    return state
-
-
-def _factors(kfac: KFACPreconditioner, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Returns the averages of which this rank owns a side, an empty tensor for a side that it does not own."""
-    rank = kfac.collectives.rank
-    result: dict[str, dict[str, Tensor]] = {}
-    for name, assignment in kfac.placement.assignments:
-        owners = {"a": assignment.a_owners, "g": assignment.g_owners}
-        if f"factors/{name}/weight" not in tensors:
-            continue
-        owned = {side: _found(tensors, f"factors/{name}/{side}") for side in owners if rank in owners[side]}
-        nowhere = next(iter(owned.values())).new_empty(0)
-        weight = _found(tensors, f"factors/{name}/weight").reshape(())
-        result[name] = {**{side: owned.get(side, nowhere) for side in owners}, "weight": weight}
-    return result
-
-
-def _stacks(kfac: KFACPreconditioner, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Returns the decompositions of this rank's layers, stacked as they were where the placement is the same."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, _ in kfac.placement.assignments:
-        if f"decompositions/{name}/stack" in tensors:
-            groups.setdefault(_stack_key(name, tensors), []).append(name)
-    ordered = sorted(groups.items(), key=lambda item: item[0][0])
-    return [_stack(names, tensors) for _, names in ordered]
-
-
-def _stack_key(name: str, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Returns what layers of one stack share: its place, the shapes and types, the weight and terms of the moments."""
-    parts = [(part.shape, part.dtype) for side in ("a", "g") for part in _parts(name, side, tensors)]
-    numbers = [tensors.get(f"decompositions/{name}/{key}") for key in ("weight", "terms")]
-    values = tuple(None if number is None else float(number) for number in numbers)
-    return int(_found(tensors, f"decompositions/{name}/stack")), tuple(parts), values
-
-
-def _parts(name: str, side: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    parts: list[Tensor] = []
-    while (key := f"decompositions/{name}/{side}/{len(parts)}") in tensors:
-        parts.append(tensors[key])
-    return parts
-
-
-def _stack(names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    sides = {
-        side: [torch.stack(parts) for parts in zip(*(_parts(name, side, tensors) for name in names), strict=True)]
-        for side in ("a", "g")
-    }
-    moments = None
-    if f"decompositions/{names[0]}/values" in tensors:
-        moments = {
-            "values": torch.stack([_found(tensors, f"decompositions/{name}/values") for name in names]),
-            "weight": _found(tensors, f"decompositions/{names[0]}/weight").reshape(()),
-            "terms": float(_found(tensors, f"decompositions/{names[0]}/terms")),
-        }
-    return {"names": names, **sides, "moments": moments}
+    of_kfac = shards.wanted(kfac.placement, kfac.collectives.rank)
+    return lambda key: of_kfac(key) or key.startswith(("model/", "optimizer/", "extra/"))
 
 
 def _found(tensors: Mapping[str, Tensor], key: str) -> Tensor:

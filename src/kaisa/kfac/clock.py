@@ -32,6 +32,12 @@ class Clock:
             yield
             self._seconds[phase] += time.perf_counter() - begin
 
+    def restart(self) -> None:
+        """Forgets what was measured, so that means are of what comes."""
+        self._collect(finished_only=False)
+        self._seconds.clear()
+        self._counts.clear()
+
     def means(self) -> dict[str, float]:
         """Returns the mean seconds of each phase when it ran; waits for the device."""
         self._collect(finished_only=False)

@@ -42,6 +42,11 @@ class Payload:
     bucket_bytes: int = 25 * 2**20
     deferred: bool | None = None
 
+    def name_of(self, kind: str) -> str | None:
+        """Returns the form of "statistics" or "gradients" as a name, None for the type that they are held in."""
+        form: Wire = getattr(self, kind)
+        return str(form).removeprefix("torch.") if isinstance(form, torch.dtype) else form
+
     def __post_init__(self) -> None:
         for name in ("statistics", "gradients"):
             form = getattr(self, name)

@@ -10,6 +10,8 @@ Layers whose factors have equal shapes are one stack: decomposed, rotated and sc
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -18,7 +20,19 @@ from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.kfac import fisher as fishers
-from kaisa.kfac import solvers
+from kaisa.kfac import shards, solvers
+from kaisa.kfac.arrangement import (
+    AUTO,
+    PARTS,
+    Arrangement,
+    Arranger,
+    Measured,
+    choose_again,
+    is_off,
+    name_of,
+    profile_of,
+    ratios,
+)
 from kaisa.kfac.capture import Capture
 from kaisa.kfac.clock import Clock
 from kaisa.kfac.collectives import Alone, Collectives, Processes, world
@@ -28,14 +42,18 @@ from kaisa.kfac.decompositions import Decompositions, Stack
 from kaisa.kfac.deferral import Deferral
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
+from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
 from kaisa.kfac.payload import Payload
-from kaisa.kfac.placement import LocalRule, gradient_workers, nodes_of, place
+from kaisa.kfac.placement import Placement, nodes_of
+from kaisa.kfac.planner import parse_bytes
 from kaisa.kfac.reduction import Counts
-from kaisa.kfac.routes import A, G, is_worth_deferring
+from kaisa.kfac.report import PlanReport
+from kaisa.kfac.routes import A, G
 from kaisa.kfac.solvers import EKFAC, Solver
 from kaisa.kfac.transport import Transport, groups_of
 from kaisa.kfac.trust_region import KLClip, TrustRegion
+from kaisa.kfac.workload import Settings
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes of single examples' gradients that are formed at once
@@ -92,11 +110,16 @@ class KFACPreconditioner:
         patience: failed decompositions of a layer in a row that are borne before an error.
         seed: for everything random.
         grad_worker_fraction: the share of ranks that hold a layer's decompositions: "comm" (all), "hybrid" (half),
-            "mem" (one), or a number.
+            "mem" (one), a number, or "auto" for the fastest that the planner predicts.
         colocate_factors: keeps A and G of a layer on one rank.
         local_below: factors with a side below this are decomposed by every gradient worker instead of sent; "auto"
             where that is modelled to take less time (``kaisa.kfac.placement.LocalRule``).
         ranks_per_node: how many consecutive ranks share a machine; None for what ``torchrun`` says, or all.
+        memory_budget: bytes a rank that K-FAC may take at its peak, such as "2GiB", with "auto"; None for no limit.
+        hardware: a profile of the machine for the planner: a name, a file of ``kaisa plan --calibrate``, or None for a
+            known GPU, or two cores.
+        replan_beyond: chooses the placement anew when the run shows that computing, decomposing or exchanging takes
+            longer or shorter than predicted by more than this factor; None for never.
         payload: the types in which numbers travel.
         collectives: how to reach the other ranks; None for the running process group.
 
@@ -136,6 +159,9 @@ class KFACPreconditioner:
         colocate_factors: bool = False,
         local_below: int | str = "auto",
         ranks_per_node: int | None = None,
+        memory_budget: str | int | None = None,
+        hardware: str | Path | Hardware | None = None,
+        replan_beyond: float | None = None,
         payload: Payload | None = None,
         collectives: Collectives | None = None,
     ) -> None:
@@ -188,32 +214,31 @@ class KFACPreconditioner:
             raise ConfigurationError(
                 "LevenbergMarquardt needs all factors on one process; give damping as a number or a function"
             )
-        payload = payload or Payload()
-        shapes = [layer.layer_shape() for layer in layers]
-        world_size = collectives.world_size
-        node = nodes_of(ranks_per_node or collectives.ranks_per_node, world_size)
-        workers = gradient_workers(grad_worker_fraction, world_size, node)
-        is_worth_it = is_worth_deferring(world_size, workers, shapes)
-        self._defers = self._may_defer(payload.deferred, is_worth_it) and world_size > 1
-        self.placement = place(
-            shapes,
-            world_size,
-            workers,
+        self._inverse_dtype = inv_dtype
+        self._payload = payload or Payload()
+        if memory_budget is not None and grad_worker_fraction != AUTO:
+            raise ConfigurationError("memory_budget is for the planner; set grad_worker_fraction='auto'")
+        self._replan_beyond = _replan_beyond(replan_beyond, grad_worker_fraction)
+        shapes = tuple(layer.layer_shape() for layer in layers)
+        self._arranger = Arranger(
+            shapes=shapes,
+            world_size=collectives.world_size,
+            fraction=grad_worker_fraction,
             colocate=colocate_factors,
             local_below=_local_below(local_below),
-            local_rule=self._local_rule(factor_dtype) if local_below == "auto" else None,
-            ranks_per_node=node,
+            ranks_per_node=nodes_of(ranks_per_node or collectives.ranks_per_node, collectives.world_size),
+            deferred=self._payload.deferred,
+            settings=self._settings(colocate_factors, local_below, factor_examples),
+            exchanges=self._exchanges_of_statistics(),
+            may_wait=self._statistics_may_wait(),
+            holds_all=self._is_per_example,
+            parameters=sum(parameter.numel() for parameter in plain.parameters()),
+            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            hardware=profile_of(hardware, layers[0].weight.device),
         )
-        self._transport = Transport(
-            collectives,
-            self.placement,
-            shapes,
-            self._solver,
-            payload,
-            {layer.name: layer.summed_in(factor_dtype) for layer in layers},
-            {layer.name: _held_in(layer, inv_dtype) for layer in layers},
-            layers[0].weight.device,
-        )
+        self._arrangement = self._arranger.first()
+        self._moves: list[str] = []
+        self._transport = self._connected(collectives)
         self._ready: set[str] = set()
         self._deferral = Deferral()
         self._is_deferred = False
@@ -235,9 +260,10 @@ class KFACPreconditioner:
                 "spread_inverses": str(spread_inverses),
                 "patience": str(patience),
                 "dtypes": repr((factor_dtype, inv_dtype)),
-                "payload": repr(payload),
-                "placement": repr((workers, colocate_factors, local_below, node)),
+                "payload": repr(self._payload),
+                "placement": sha256(repr(self.placement).encode()).hexdigest(),
                 "deferred": str(self._defers),
+                "replan_beyond": str(self._replan_beyond),
                 "seed": str(seed),
                 **{
                     schedule.name: _told(schedule.value)
@@ -258,7 +284,7 @@ class KFACPreconditioner:
         self._example_moments: dict[str, Tensor] = {}
         self._label_generator = torch.Generator().manual_seed(seed + collectives.rank)
         per_example = self._is_per_example
-        if per_example and workers < collectives.world_size:
+        if per_example and self.placement.workers < collectives.world_size:
             raise ConfigurationError(
                 "per-example EKFAC needs every rank to hold every decomposition; set grad_worker_fraction='comm'"
             )
@@ -333,29 +359,67 @@ class KFACPreconditioner:
     def _inverses_are_due(self) -> bool:
         return _due(self._steps, self._last_inverses, self._inverse_interval)
 
-    def _may_defer(self, wished: bool | None, is_worth_it: bool) -> bool:
-        """Says whether statistics wait for the next decompositions before they travel.
+    def _statistics_may_wait(self) -> bool:
+        """Says whether nothing needs statistics on every factor step.
 
         Raises:
-            ConfigurationError: that is asked for, and something else needs them on every factor step.
+            ConfigurationError: something does, and waiting is asked for.
         """
-        needs = [
-            *(["spread_inverses"] if self._spread else []),
-            *(["per-example EKFAC"] if self._is_per_example else []),
-        ]
-        if wished and needs:
+        needs = ["spread_inverses"] * self._spread + ["per-example EKFAC"] * self._is_per_example
+        if self._payload.deferred and needs:
             raise ConfigurationError(f"{needs[0]} needs statistics on every factor step; set Payload(deferred=False)")
-        return (is_worth_it and not needs) if wished is None else wished
+        return not needs
 
-    def _local_rule(self, dtype: torch.dtype | None) -> LocalRule:
-        """Returns what says which factors every gradient worker decomposes; it must know how often sums travel."""
-        intervals = self._inverse_interval.value, self._factor_interval.value
-        exchanges = float("inf")
-        if self._defers:
-            exchanges = 1.0
-        elif not callable(intervals[0]) and not callable(intervals[1]):
-            exchanges = max(1.0, float(intervals[0]) / float(intervals[1]))
-        return LocalRule(exchanges, bytes_per_number=(dtype or torch.float32).itemsize)
+    def _exchanges_of_statistics(self) -> float:
+        """Returns how often statistics travel for each decomposition, infinite where intervals may change."""
+        inverse, factor = self._inverse_interval.value, self._factor_interval.value
+        if callable(inverse) or callable(factor):
+            return float("inf")
+        return max(1.0, float(inverse) / float(factor))
+
+    def _settings(self, colocate: bool, local_below: int | str, factor_examples: float) -> Settings | None:
+        """Returns what the planner must know of how K-FAC works; None for a solver that it does not know."""
+        name = name_of(self._solver)
+        if name is None:
+            return None
+        first = next(iter(self._layers.values()))
+        return Settings(
+            factor_update_steps=self._factor_interval.resolve_steps(0),
+            inv_update_steps=self._inverse_interval.resolve_steps(0),
+            solver=name,
+            statistics=self._payload.name_of("statistics"),
+            gradients=self._payload.name_of("gradients"),
+            factor_bytes=(self._factor_dtype or first.summed_in(None)).itemsize,
+            decomposition_bytes=_held_in(first, self._inverse_dtype).itemsize,
+            bucket_bytes=self._payload.bucket_bytes,
+            colocate=colocate,
+            local_below=local_below,
+            spread=self._spread,
+            accumulation_steps=self._accumulation_steps,
+            factor_examples=factor_examples,
+        )
+
+    def _connected(self, collectives: Collectives) -> Transport:
+        layers = self._layers.values()
+        return Transport(
+            collectives,
+            self.placement,
+            self._arranger.shapes,
+            self._solver,
+            self._payload,
+            {layer.name: layer.summed_in(self._factor_dtype) for layer in layers},
+            {layer.name: _held_in(layer, self._inverse_dtype) for layer in layers},
+            next(iter(layers)).weight.device,
+        )
+
+    @property
+    def placement(self) -> Placement:
+        """Who does what."""
+        return self._arrangement.placement
+
+    @property
+    def _defers(self) -> bool:
+        return self._arrangement.is_deferred
 
     @property
     def _is_per_example(self) -> bool:
@@ -406,7 +470,8 @@ class KFACPreconditioner:
         if self._defers:
             local = self._deferral.take(local, decay, self._layers)
         self._is_deferred = False
-        totals, counts = self._transport.reduction(local)
+        with self._clock("reduce"):
+            totals, counts = self._transport.reduction(local)
         if is_silent and self._transport.reduction.is_nobody_heard(counts):
             self._explain_silence()
         for name, sums in totals.items():
@@ -436,6 +501,7 @@ class KFACPreconditioner:
 
     def _update_inverses(self) -> None:
         if self._last_factors is not None and self._inverses_are_due():
+            self._look_back()
             self._queue = sorted(self._layers, key=self._cost, reverse=True)
             self._last_inverses = self._steps
         if self._queue:
@@ -458,11 +524,14 @@ class KFACPreconditioner:
             for side in (A, G)
             if self._transport.owns(name, side)
         }
-        computed, errors = self._decompositions.compute(factors, {key: shifts[key[0]][key[1]] for key in factors})
+        with self._clock("decompose"):
+            computed, errors = self._decompositions.compute(factors, {key: shifts[key[0]][key[1]] for key in factors})
         exhausted = self._decompositions.exhausted(errors)
         failed = self._transport.agree_on_failures(begun, errors, exhausted, self._ready)
         made = [name for name in begun if name not in failed]
-        self._decompositions.install(self._transport.share(made, computed))
+        with self._clock("share"):
+            shared = self._transport.share(made, computed)
+        self._decompositions.install(shared)
         self._ready.update(made)
         return made
 
@@ -515,7 +584,8 @@ class KFACPreconditioner:
             names = [name for name in bucket if name in preconditioned]
             stacks, _, solved = self._solve([s for s in self._decompositions.stacks if s.names[0] in bucket])
             waits.append(self._transport.spread(names, _by_name(stacks, solved)))
-        everything = {name: matrix for wait in waits for name, matrix in wait().items()}
+        with self._clock("spread"):
+            everything = {name: matrix for wait in waits for name, matrix in wait().items()}
         groups: dict[object, list[str]] = defaultdict(list)
         for name in filter(preconditioned.__contains__, self._layers):
             groups[everything[name].shape, everything[name].dtype].append(name)
@@ -579,6 +649,60 @@ class KFACPreconditioner:
         for index, gradient in enumerate(self._fisher.output_gradients(outputs, self._label_generator)):
             with self._capture.sampling(with_inputs=index == 0):
                 torch.autograd.grad(outputs, parameters, gradient, retain_graph=True, allow_unused=True)
+
+    # ------------------------------------------------------------------------------------------------ the placement
+
+    def plan_report(self) -> PlanReport:
+        """Returns what was predicted of the placement in use beside what this rank has measured.
+
+        Without a profile of the machine (``hardware``), or with a solver of your own, nothing was predicted.
+        """
+        measured: dict[str, float] = {**self._clock.means(), "memory": self.memory_usage()["total"]}
+        prediction = self._arrangement.prediction
+        told: dict[str, float] = {}
+        if prediction is not None:
+            held = prediction.memory[self._transport.rank]["total"]
+            told = {**prediction.seconds, "memory": held}
+            told.pop("statistics")  # which depends on the batch, of which the prediction knows nothing
+        return PlanReport(self.placement.fraction, self._defers, told, measured, tuple(self._moves))
+
+    def _look_back(self) -> None:
+        """Chooses the placement anew when the machine is not what it was taken for; all ranks decide alike."""
+        prediction = self._arrangement.prediction
+        if self._replan_beyond is None or prediction is None or self._last_inverses is None or self._queue:
+            return
+        seconds = self._clock.means()
+        solving = max(0.0, seconds["precondition"] - seconds.get("spread", 0.0))
+        own = {**seconds, "solve": solving}
+        found = ratios(prediction, Measured.of_ranks(self._transport.everybody([own.get(part, 0.0) for part in PARTS])))
+        self._clock.restart()
+        if is_off(found, self._replan_beyond):
+            chosen = choose_again(self._arranger, self._arrangement, found)
+            was = self.placement
+            told = ", ".join(f"{part} {ratio:.2f}" for part, ratio in found.items())
+            if chosen.placement != was or chosen.is_deferred != self._defers:
+                self._move_to(chosen)
+                self._moves.append(
+                    f"step {self._steps}: took {told} times the prediction; fraction {was.fraction:g} ─► "
+                    f"{self.placement.fraction:g}"
+                )
+            else:
+                self._arrangement = chosen
+                self._moves.append(f"step {self._steps}: took {told} times the prediction; the placement stays")
+
+    def _move_to(self, arrangement: Arrangement) -> None:
+        """Goes on with another placement: factors and decompositions go to those who will work with them."""
+        self.reduce_statistics()
+        state = self.state_dict()
+        old = self._transport
+        offered = shards.offered(state, self.placement, old.rank)
+        tensors = shards.moved(offered, arrangement.placement, old.collectives, self.device)
+        self._arrangement = arrangement
+        old.collectives.prepare(groups_of(arrangement.placement))
+        self._transport = self._connected(old.collectives)
+        self._transport.go_on_from(old)
+        own = shards.assembled({**state, "share": self._share()}, tensors, self.placement, old.rank)
+        self.load_state_dict(own)
 
     # -------------------------------------------------------------------------------------------- adaptive damping
 
@@ -694,9 +818,11 @@ class KFACPreconditioner:
         return {**usage, "total": sum(usage.values())}
 
     def timings(self) -> dict[str, float]:
-        """Returns the mean seconds of each phase when it ran: factors, inverses, precondition, and the whole step.
+        """Returns the mean seconds of each phase when it ran: factors, inverses, precondition.
 
-        The making of statistics inside the backward pass is the phase "statistics", in seconds a factor step.
+        The making of statistics inside the backward pass is the phase "statistics", in seconds a factor step. Parts of
+        phases are "decompose", and the waits "reduce" for statistics, "share" for decompositions and "spread" for
+        preconditioned gradients.
         """
         return self._clock.means()
 
@@ -895,12 +1021,20 @@ def _floating(name: str, dtype: torch.dtype) -> None:
         raise ConfigurationError(f"{name} is {dtype}; give a floating-point type")
 
 
-def _local_below(value: int | str) -> int:
-    if value == "auto":
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+def _local_below(value: int | str) -> int | str:
+    if value != AUTO and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ConfigurationError(f"local_below is {value!r}; give a whole number of at least 0, or 'auto'")
     return value
+
+
+def _replan_beyond(factor: float | None, fraction: str | float) -> float | None:
+    if factor is None:
+        return None
+    if fraction != AUTO:
+        raise ConfigurationError("replan_beyond is for the planner; set grad_worker_fraction='auto'")
+    if not factor > 1:
+        raise ConfigurationError(f"replan_beyond is {factor}; give a factor above 1")
+    return float(factor)
 
 
 def _at_least_one(name: str, value: int) -> None:

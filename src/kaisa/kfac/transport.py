@@ -94,6 +94,21 @@ class Transport:
         if found:
             raise ConfigurationError(f"the ranks were built differently: {', '.join(found)}")
 
+    def everybody(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Returns the numbers of all ranks, each of whom gives equally many; makes the host wait."""
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.like.device)
+        if self.is_alone:
+            return [list(numbers)]
+        rows = self.collectives.exchange(
+            "plan", self.world, [own] * len(self.world), [len(numbers)] * len(self.world)
+        )()
+        return [[float(number) for number in row.cpu().numpy()] for row in rows]
+
+    def go_on_from(self, old: "Transport") -> None:
+        """Takes over what must not begin anew when the placement changes."""
+        self._messages, self._own_error = old._messages, old._own_error
+        self.reduction.note, self.reduction.noted = old.reduction.note, old.reduction.noted
+
     def owns(self, name: str, side: int) -> bool:
         """Says whether this rank averages and decomposes a factor."""
         return self.rank in self.routes.owners((name, side))
