@@ -14,7 +14,9 @@ from kaisa.recipes import calibration
 from kaisa.recipes.calibration import Effort
 
 PLAN = ["plan", "--model", "cnn", "--world-size", "4", "--hardware", "h100"]
-SMALL = Effort(sides=(8,), orders=(8,), batched_orders=(8,), seconds=0.002, numbers=100, copied=100, images=2, layers=2)
+SMALL = Effort(
+    sides=(8,), orders=(8,), batched_orders=(8,), seconds=0.002, numbers=100, copied=100, images=2, pixels=32, layers=2
+)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,15 @@ from tests.support.world import run
 
 CPU = torch.device("cpu")
 TINY = Effort(
-    sides=(8, 16), orders=(8, 16), batched_orders=(8,), seconds=0.002, numbers=600, copied=1000, images=2, layers=3
+    sides=(8, 16),
+    orders=(8, 16),
+    batched_orders=(8,),
+    seconds=0.002,
+    numbers=600,
+    copied=1000,
+    images=2,
+    pixels=32,
+    layers=3,
 )
 
 

@@ -30,7 +30,7 @@ from kaisa.kfac import solvers
 from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.kfac.hardware import Hardware, Link, Table
 from kaisa.kfac.preconditioner import KFACPreconditioner
-from kaisa.recipes.models import cnn
+from kaisa.recipes.imagenet_resnets import resnet18, resnet50
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Effort:
         seconds: that one measurement may take, about; what would take twice as long is left out.
         numbers: in the largest message.
         copied: numbers in the copy that tells the bandwidth of the memory.
-        images: in the batch of the step of training.
+        images, pixels: of the step of training: how many, and their width and height.
         layers: of the model that tells what a layer costs however small it is.
     """
 
@@ -54,7 +54,8 @@ class Effort:
     seconds: float = 0.5
     numbers: int = 2**22
     copied: int = 2**25
-    images: int = 64
+    images: int = 8
+    pixels: int = 96
     layers: int = 24
 
 
@@ -235,13 +236,18 @@ def _memory_bandwidth(device: torch.device, effort: Effort) -> float:
 
 
 def _training_rate(device: torch.device, effort: Effort) -> float:
-    """Return the operations a second of forward and backward passes of a convolutional network."""
-    model = cnn((3, 32, 32), 10).to(device)
-    images, labels = torch.randn(effort.images, 3, 32, 32, device=device), torch.arange(effort.images, device=device)
+    """Return the operations a second of forward and backward passes of a residual network.
+
+    Normalisation and shortcuts take time and count for no operations, as in the models that are planned.
+    """
+    is_large = device.type == "cuda"  # which a small model would leave waiting for the host
+    images, pixels = (32, 224) if is_large else (effort.images, effort.pixels)
+    model = (resnet50() if is_large else resnet18()).to(device)
+    x, labels = torch.randn(images, 3, pixels, pixels, device=device), torch.arange(images, device=device)
 
     def step() -> None:
         model.zero_grad()
-        functional.cross_entropy(model(images), labels % 10).backward()
+        functional.cross_entropy(model(x), labels).backward()
 
     with FlopCounterMode(display=False) as counter:
         step()
