@@ -465,7 +465,8 @@ def _describe_profile(found: Hardware, output: Path, console: Console) -> None:
     console.print(f"products of matrices in float32: {products / 1e9:,.0f} GFLOP/s; forward and backward passes reach")
     console.print(f"{100 * found.training:.0f} % of it; copies {found.memory_bandwidth / 1e9:.1f} GB/s")
     console.print(f"eigendecomposition of order {order:.0f}: {seconds:.2f} s")
-    console.print(f"exchange: {1e6 * exchange.latency:.0f} µs and {exchange.bandwidth / 1e9:.2f} GB/s a rank")
+    if found.ranks_per_node > 1:
+        console.print(f"exchange: {1e6 * exchange.latency:.0f} µs and {exchange.bandwidth / 1e9:.2f} GB/s a rank")
     console.print(f"profile: {output}", soft_wrap=True, markup=False)
 
 
