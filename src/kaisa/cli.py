@@ -362,20 +362,24 @@ FILES = "Files"
 @app.command()
 def plan(
     context: typer.Context,
-    model: Annotated[str, _option(f"One of {', '.join(PLANNED_MODELS)} [resnet50]", panel=PLANNED)] = "resnet50",
+    model: Annotated[
+        str, _option(f"One of {', '.join(PLANNED_MODELS)}; resnet50 unless given", panel=PLANNED)
+    ] = "resnet50",
     world_size: Annotated[int, _option("How many ranks [64]", panel=PLANNED)] = 64,
     hardware: Annotated[
         str | None,
         _option(f"{', '.join(shipped_profiles())}, or a file that --calibrate has made", panel=PLANNED),
     ] = None,
-    batch: Annotated[int | None, _option("Examples a rank [as the model is usually trained]", panel=PLANNED)] = None,
+    batch: Annotated[
+        int | None, _option("Examples a rank; unless given, as the model is usually trained", panel=PLANNED)
+    ] = None,
     factor_update_steps: Annotated[int, _option("Steps between two updates of the factors [10]", panel=PLANNED)] = 10,
     inv_update_steps: Annotated[int, _option("Steps between two decompositions [100]", panel=PLANNED)] = 100,
     solver: Annotated[
-        str, _option("eigen, warm_eigen, cholesky, ekfac or sqrt_ekfac [eigen]", panel=PLANNED)
+        str, _option("eigen unless given; warm_eigen, cholesky, ekfac or sqrt_ekfac", panel=PLANNED)
     ] = "eigen",
     memory_budget: Annotated[
-        str | None, _option("Memory of a rank that K-FAC may take, such as 2GiB [any]", panel=CHOICE)
+        str | None, _option("Memory of a rank that K-FAC may take, such as 2GiB; any unless given", panel=CHOICE)
     ] = None,
     allow: Annotated[
         list[str] | None, _option(f"Let it choose this too: {', '.join(ALLOWED)}; may be repeated", panel=CHOICE)
@@ -388,7 +392,7 @@ def plan(
     nproc: Annotated[
         int | None, _option("Processes to measure with [2; on GPUs one each; or torchrun's]", panel=MACHINE)
     ] = None,
-    device: Annotated[str, _option("cpu or cuda, to measure [cpu]", panel=MACHINE)] = "cpu",
+    device: Annotated[str, _option("What to measure: cpu, unless cuda is given", panel=MACHINE)] = "cpu",
 ) -> int:
     """Predict memory, traffic and time of every placement of a model, and choose the fastest that fits.
 
