@@ -437,6 +437,34 @@ def test_patience_at_its_end_later_on_is_an_error_on_all_at_the_next_decompositi
             raise failure
 
 
+# ------------------------------------------------------------------------------------------------------- in two steps
+
+
+def _slice_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("routes", "transport", "account"):
+        monkeypatch.setattr(f"kaisa.kfac.{module}.is_worth_slicing", lambda shares: True)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [grid for grid in GRIDS if grid[0] < 8])
+@pytest.mark.parametrize("options", [{}, {"local_below": 7}, {"payload": Payload(bucket_bytes=1500)}], ids=str)
+def test_exchanges_in_two_steps_make_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, workers: int, options: dict[str, Any]
+) -> None:
+    _slice_everything(monkeypatch)
+    found, _ = of_ranks(world_size, equal_shares(world_size, **options, grad_worker_fraction=workers / world_size))
+    assert distance(found[0], one_process()) < 1e-11
+
+
+@pytest.mark.parametrize("form", [torch.bfloat16, "int8"])
+def test_rounded_payloads_in_two_steps_stay_near_and_leave_all_ranks_equal(
+    monkeypatch: pytest.MonkeyPatch, form: torch.dtype | str
+) -> None:
+    _slice_everything(monkeypatch)
+    payload = Payload(statistics=form, gradients=form)
+    rounded, _ = of_ranks(4, equal_shares(4, grad_worker_fraction=0.5, payload=payload))
+    assert 1e-6 < distance(rounded[0], one_process()) < 0.1
+
+
 # ------------------------------------------------------------------------------------------------ deferred statistics
 
 

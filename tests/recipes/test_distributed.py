@@ -82,8 +82,14 @@ def measure(ranks: Collectives, model: nn.Module, workers: int, solver: str) -> 
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("is_sliced", [False, True])
 @pytest.mark.parametrize(("world", "workers"), WORLDS)
-def test_the_formulas_are_what_ranks_send_and_hold(world: int, workers: int, solver: str) -> None:
+def test_the_formulas_are_what_ranks_send_and_hold(
+    monkeypatch: pytest.MonkeyPatch, world: int, workers: int, is_sliced: bool, solver: str
+) -> None:
+    if is_sliced:
+        for module in ("routes", "transport", "account"):
+            monkeypatch.setattr(f"kaisa.kfac.{module}.is_worth_slicing", lambda shares: True)
     model = small_model()
     results = run(world, lambda ranks: measure(ranks, deepcopy(model), workers, solver))
     shapes = layer_shapes(small_model)

@@ -9,6 +9,8 @@ bytes, a rank sends
                     damped one by one
     every step      b · (W/w - 1) · Σ gradients of the layers that it is the sender of
 
+(where one share is far above the even one, exchanges go in two steps and send a little more: ``routes``)
+
 and holds the factors that it owns, the decompositions of the layers of its column, and where statistics are deferred
 its own sums of all layers. A sum over all ranks (status) is counted once, as large as it is. This is the steady state:
 until every layer has its first decomposition, another 16 bytes a layer and inverse step say which have failed.
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kaisa.kfac.placement import FactorShape, LayerShape, Placement
-from kaisa.kfac.routes import INT8, A, G, Routes, header_bytes, int8_length
+from kaisa.kfac.routes import INT8, A, G, Routes, even_slices, header_bytes, int8_length, is_worth_slicing
 
 STATISTICS, DECOMPOSITIONS, STATUS, GRADIENTS = "statistics", "decompositions", "status", "gradients"
 
@@ -114,18 +116,24 @@ def _statistics(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
     world_size = routes.placement.world_size
     if world_size == 1:
         return ({},)
-    headers, everything, own = 0, 0, Counter[int]()
+    everything, calls, own = 0, 0, Counter[int]()
     for bucket in routes.statistics_buckets:
-        headers += header_bytes(bucket)
-        for key in ((name, side) for name in bucket for side in (A, G)):
-            size = _encoded([routes.packed_size(key)], sizes.statistics)
-            for owner in routes.owners(key):
-                everything += size
-                own[owner] += size
-    calls = len(routes.statistics_buckets)
-    return tuple(
-        {STATISTICS: Sent((world_size - 1) * headers + everything - own[rank], calls)} for rank in range(world_size)
-    )
+        everything += (world_size - 1) * header_bytes(bucket)
+        slices = routes.pieces[bucket]
+        calls += 1 if slices is None else 2
+        if slices is None:
+            for key in ((name, side) for name in bucket for side in (A, G)):
+                size = _encoded([routes.packed_size(key)], sizes.statistics)
+                everything += size * len(routes.owners(key))
+                own.update(dict.fromkeys(routes.owners(key), size))
+            continue
+        for rank, pieces in enumerate(slices):
+            size = _encoded([high - low for _, low, high in pieces], sizes.statistics)
+            everything += size
+            own[rank] += size
+            onward = ((high - low, routes.owners(key)) for key, low, high in pieces)
+            own[rank] -= sizes.factors * sum(size * sum(owner != rank for owner in owners) for size, owners in onward)
+    return tuple({STATISTICS: Sent(everything - own[rank], calls)} for rank in range(world_size))
 
 
 def _decompositions(routes: Routes, held: Held, sizes: Sizes, damps_factors: bool) -> tuple[dict[str, Sent], ...]:
@@ -141,12 +149,32 @@ def _decompositions(routes: Routes, held: Held, sizes: Sizes, damps_factors: boo
             if len(owners) == 1:
                 own[owners[0]] += held(routes.factor(key))
                 columns.add(assignment.gradient_workers[0])
-    each = sizes.decompositions * (placement.workers - 1)
-    length = placement.world_size // placement.workers
-    return tuple(
-        {**common, DECOMPOSITIONS: Sent(each * own[rank], 1)} if rank % length in columns else dict(common)
-        for rank in range(placement.world_size)
-    )
+    result = [dict(common) for _ in range(placement.world_size)]
+    for first in columns:
+        column = placement.columns[first]
+        numbers = [own[rank] for rank in column]
+        for rank, sent in zip(column, _gathered(numbers, numbers, sizes.decompositions), strict=True):
+            result[rank][DECOMPOSITIONS] = sent
+    return tuple(result)
+
+
+def _gathered(numbers: Sequence[int], elements: Sequence[int], each: int) -> list[Sent]:
+    """Returns what each rank sends in a gather.
+
+    Args:
+        numbers: of each rank, by which it is decided whether to go in slices.
+        elements: of each rank's message.
+        each: bytes of an element.
+    """
+    others = len(numbers) - 1
+    if not is_worth_slicing(numbers):
+        return [Sent(others * each * count, 1) for count in elements]
+    bounds, start, result = even_slices(sum(elements), len(elements)), 0, []
+    for (low, high), count in zip(bounds, elements, strict=True):
+        kept = max(0, min(high, start + count) - max(low, start))
+        result.append(Sent(each * (count - kept + others * (high - low)), 2))
+        start += count
+    return result
 
 
 def _gradients(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
@@ -154,13 +182,18 @@ def _gradients(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
     length = placement.world_size // placement.workers
     if length == 1:
         return ({},) * placement.world_size
-    by_column = Counter[int]()
-    for name, assignment in placement.assignments:
-        by_column[assignment.gradient_workers[0]] += _encoded([routes.shapes[name].gradient_elements], sizes.gradients)
-    calls = len(routes.gradient_buckets)
-    return tuple(
-        {GRADIENTS: Sent(by_column[rank % length] * (length - 1), calls)} for rank in range(placement.world_size)
-    )
+    # All rows send alike: the gradient workers of a layer stand in the same place of theirs.
+    total = [Sent(0, 0)] * length
+    is_int8 = sizes.gradients == INT8
+    for bucket in routes.gradient_buckets:
+        numbers, elements = [0] * length, [0] * length
+        for name in bucket:
+            place, count = placement[name].gradient_workers[0], routes.shapes[name].gradient_elements
+            numbers[place] += count
+            elements[place] += int8_length([count]) if is_int8 else count
+        sent = _gathered(numbers, elements, 1 if isinstance(sizes.gradients, str) else sizes.gradients)
+        total = [Sent(old.bytes + new.bytes, old.calls + new.calls) for old, new in zip(total, sent, strict=True)]
+    return tuple({GRADIENTS: total[rank % length]} for rank in range(placement.world_size))
 
 
 def _memory(routes: Routes, held: Held, sizes: Sizes, has_moments: bool, deferred: bool) -> tuple[dict[str, int], ...]:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kaisa.errors import CollectiveError, ConfigurationError
 from kaisa.kfac.liveness import Heartbeat
+from kaisa.kfac.routes import even_slices, overlaps
 
 Wait = Callable[[], list[Tensor]]
 
@@ -73,6 +74,31 @@ class Collectives(ABC):
         self.bytes_sent[kind] += sum(chunk.nbytes for index, chunk in enumerate(chunks) if index != own)
         self.calls[kind] += 1
         return self._exchange(kind, ranks, chunks, sizes)
+
+    def gather(self, kind: str, ranks: tuple[int, ...], message: Tensor, sizes: Sequence[int], *, sliced: bool) -> Wait:
+        """Gives the message of every rank to all of them; the wait returns them in the order of ranks.
+
+        Args:
+            kind, ranks: as for ``exchange``.
+            message: this rank's, flat.
+            sizes: how many numbers each rank has.
+            sliced: goes in two steps, through even slices, where one rank has far more than the others.
+        """
+        own = ranks.index(self.rank)
+        if not sliced or len(ranks) == 1:
+            return self.exchange(kind, ranks, [message] * len(ranks), sizes)
+        bounds = even_slices(sum(sizes), len(ranks))
+        starts = [sum(sizes[:index]) for index in range(len(ranks))]
+        ranges = [overlaps(start, start + size, bounds) for start, size in zip(starts, sizes, strict=True)]
+        chunks = [message[low:high] for low, high in ranges[own]]
+        first = self.exchange(kind, ranks, chunks, [parts[own][1] - parts[own][0] for parts in ranges])
+
+        def wait() -> list[Tensor]:
+            part = torch.cat(first())
+            second = self.exchange(kind, ranks, [part] * len(ranks), [high - low for low, high in bounds])
+            return list(torch.cat(second()).split(list(sizes)))
+
+        return wait
 
     def total(self, kind: str, ranks: tuple[int, ...], tensor: Tensor) -> Tensor:
         """Returns the sum of a tensor over ranks."""

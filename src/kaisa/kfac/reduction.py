@@ -5,7 +5,8 @@ A message is a header in float64 and the sums of a bucket of layers, the same he
     | positions, examples, steps of each layer | a layer that could not be decomposed, or 0 | the receiver's triangles |
 
 so that all ranks know how much was summed, and by whom, without a collective of its own. Sizes follow from the
-placement alone. Buckets go one by one, the first of them while the backward pass runs.
+placement alone. Buckets go one by one, the first of them while the backward pass runs. A bucket of which one owner has
+far more than the others goes in two steps: a rank adds up an even slice of it, and passes the sums on to the owners.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from kaisa.kfac import linalg
 from kaisa.kfac.collectives import Collectives, Wait
 from kaisa.kfac.factors import Statistics
 from kaisa.kfac.payload import Payload, decode, encode, encoded_length
-from kaisa.kfac.routes import HEADER, NOTE, A, G, Key, Routes, header_bytes
+from kaisa.kfac.routes import HEADER, NOTE, A, G, Key, Piece, Routes, header_bytes
+
+_IN_FLIGHT = 4  # buckets on their way at one time, so that messages do not fill the memory
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ class Reduction:
         self.noted = torch.zeros((), dtype=torch.float64, device=like.device)
         self.heard = {name: torch.zeros((), dtype=torch.bool, device=like.device) for name in routes.shapes}
         self._messages = 0
-        self._sent: list[Wait] = []
+        self._sent = 0  # buckets of this step that have gone
+        self._waits: list[tuple[Sequence[str], Wait]] = []  # and have not come yet
+        self._added_up: list[Callable[[], dict[Key, Tensor]]] = []
+        self._counts: dict[str, Counts] = {}
         self._late: dict[str, Statistics] = {}
 
     def __call__(self, local: Mapping[str, Statistics]) -> tuple[dict[str, Statistics], dict[str, Counts]]:
@@ -91,17 +97,16 @@ class Reduction:
                 name: Counts(sums.positions, sums.examples, sums.steps) for name, sums in local.items()
             }
         buckets = self.routes.statistics_buckets
-        gone = {name for bucket in buckets[: len(self._sent)] for name in bucket}
-        for bucket in buckets[len(self._sent) :]:
+        gone = {name for bucket in buckets[: self._sent] for name in bucket}
+        for bucket in buckets[self._sent :]:
             self._send(bucket, local)
         self._late = {name: sums for name, sums in local.items() if name in gone}
-        sent, self._sent = self._sent, []
-        counts: dict[str, Counts] = {}
+        self._receive(all_but=0)
         sides: dict[Key, Tensor] = {}
-        for bucket, wait in zip(buckets, sent, strict=True):
-            received = wait()
-            counts.update(self._read_headers(bucket, [message[: header_bytes(bucket)] for message in received]))
-            sides.update(self._added(bucket, [message[header_bytes(bucket) :] for message in received]))
+        for arrived in self._added_up:
+            sides.update({key: self._unpacked(part.to(self.summed_in[key[0]]), key) for key, part in arrived().items()})
+        counts = {name: self._counts[name] for name in self.routes.shapes}
+        self._sent, self._added_up, self._counts = 0, [], {}
         return self._owned_sums(local, sides, counts), counts
 
     def _owned_sums(
@@ -140,23 +145,37 @@ class Reduction:
             take: hands over the sums of some layers.
         """
         buckets = self.routes.statistics_buckets
-        while len(self._sent) < len(buckets) and all(map(is_complete, buckets[len(self._sent)])):
-            bucket = buckets[len(self._sent)]
+        while self._sent < len(buckets) and all(map(is_complete, buckets[self._sent])):
+            bucket = buckets[self._sent]
             self._send(bucket, take(bucket))
 
     # ------------------------------------------------------------------------------------------------------- sending
 
     def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
+        self._receive(all_but=_IN_FLIGHT - 1)
+        self._sent += 1
         local = self._with_late(bucket, local)
         seed = self._messages * len(self.world) ** 2 + self.rank  # rounds every message at random in another way
         self._messages += 1
         header = self._header(bucket, local).view(torch.uint8)
+        packed = {key: self._packed(local, key) for key in self._keys(bucket)}
         messages = []
         for rank in self.world:
-            sums = [self._packed(local, key) for key in self.routes.owned_by(rank, bucket)]
+            sums = [packed[key][low:high] for key, low, high in self._pieces(rank, bucket)]
             messages.append(torch.cat((header, encode(sums, self.form, self.like, seed).view(torch.uint8))))
         size = header_bytes(bucket) + self._body_bytes(bucket)
-        self._sent.append(self.collectives.exchange("statistics", self.world, messages, [size] * len(self.world)))
+        wait = self.collectives.exchange("statistics", self.world, messages, [size] * len(self.world))
+        self._waits.append((bucket, wait))
+
+    def _keys(self, bucket: Sequence[str]) -> list[Key]:
+        return [(name, side) for name in bucket for side in (A, G)]
+
+    def _pieces(self, rank: int, bucket: Sequence[str]) -> Sequence[Piece]:
+        """Returns what a rank adds up: a slice, or everything that it owns."""
+        slices = self.routes.pieces[tuple(bucket)]
+        if slices is not None:
+            return slices[rank]
+        return [(key, 0, self.routes.packed_size(key)) for key in self.routes.owned_by(rank, bucket)]
 
     def _with_late(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """Returns the sums of a bucket's layers and what came too late for the last factor step."""
@@ -203,6 +222,15 @@ class Reduction:
 
     # ----------------------------------------------------------------------------------------------------- receiving
 
+    def _receive(self, *, all_but: int) -> None:
+        """Adds up what has come, the first sent first, until no more than some buckets are on their way."""
+        while len(self._waits) > all_but:
+            bucket, wait = self._waits.pop(0)
+            received = wait()
+            self._counts.update(self._read_headers(bucket, [message[: header_bytes(bucket)] for message in received]))
+            total = self._added(bucket, [message[header_bytes(bucket) :] for message in received])
+            self._added_up.append(self._passed_on(bucket, total))
+
     def _read_headers(self, bucket: Sequence[str], headers: Sequence[Tensor]) -> dict[str, Counts]:
         table = torch.stack([header.clone().view(torch.float64) for header in headers])
         self.noted = torch.maximum(self.noted, table[:, -1].max())
@@ -216,20 +244,47 @@ class Reduction:
             self.heard[name] = self.heard[name] | is_finite[index]
         return result
 
-    def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> dict[Key, Tensor]:
-        """Returns the sums over ranks of the factors that this rank owns, as full matrices."""
-        keys = self.routes.owned_by(self.rank, bucket)
-        sizes = [self.routes.packed_size(key) for key in keys]
-        bodies = [body.view(self._wire_type()) for body in received]
-        total = torch.stack([decode(body, sizes, self.form, self.like.dtype) for body in bodies]).sum(0)
-        return {
-            key: self._unpacked(part.to(self.summed_in[key[0]]), key)
-            for key, part in zip(keys, total.split(sizes), strict=True)
-        }
+    def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> Tensor:
+        """Returns the sums over ranks, in their order, of what this rank adds up."""
+        sizes = self._sizes(bucket)
+        first, *others = (decode(body.view(self._wire_type()), sizes, self.form, self.like.dtype) for body in received)
+        total = first.clone()
+        for other in others:
+            total += other
+        return total
+
+    def _passed_on(self, bucket: Sequence[str], total: Tensor) -> Callable[[], dict[Key, Tensor]]:
+        """Returns what waits for the sums of the factors that this rank owns."""
+        pieces = self._pieces(self.rank, bucket)
+        parts = dict(zip(pieces, total.split(self._sizes(bucket)), strict=True))
+        if self.routes.pieces[tuple(bucket)] is None:
+            return lambda: {key: part for (key, _, _), part in parts.items()}
+        nothing = self.like.new_empty(0)
+        chunks = [
+            torch.cat([nothing, *(part for (key, _, _), part in parts.items() if rank in self.routes.owners(key))])
+            for rank in self.world
+        ]
+        mine = [[piece for piece in self._pieces(rank, bucket) if self._owns(piece)] for rank in self.world]
+        sizes = [sum(high - low for _, low, high in each) for each in mine]
+        wait = self.collectives.exchange("statistics", self.world, chunks, sizes)
+
+        def arrived() -> dict[Key, Tensor]:
+            found: dict[Key, list[Tensor]] = {}
+            for each, chunk in zip(mine, wait(), strict=True):
+                for (key, _, _), part in zip(each, chunk.split([high - low for _, low, high in each]), strict=True):
+                    found.setdefault(key, []).append(part)
+            return {key: torch.cat(several) for key, several in found.items()}
+
+        return arrived
+
+    def _owns(self, piece: Piece) -> bool:
+        return self.rank in self.routes.owners(piece[0])
+
+    def _sizes(self, bucket: Sequence[str]) -> list[int]:
+        return [high - low for _, low, high in self._pieces(self.rank, bucket)]
 
     def _body_bytes(self, bucket: Sequence[str]) -> int:
-        sizes = [self.routes.packed_size(key) for key in self.routes.owned_by(self.rank, bucket)]
-        return encoded_length(sizes, self.form) * self._wire_type().itemsize
+        return encoded_length(self._sizes(bucket), self.form) * self._wire_type().itemsize
 
     def _wire_type(self) -> torch.dtype:
         if self.form is None:

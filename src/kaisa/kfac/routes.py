@@ -5,6 +5,12 @@
     gradients         in buckets of whole groups of equal shape, each sent while the next is being preconditioned
 
 A bucket is closed when it holds ``bucket_bytes`` or more, counted at four bytes a number.
+
+A direct exchange among L ranks takes as long as the rank with most: (L - 1) · largest share. Where one share is far
+above the even one, messages go in two steps through even slices of the whole, of which every rank takes one:
+
+    statistics    every rank ─► the rank of each slice, who adds up ─► the owners       largest + (L - 1) · even
+    the others    the rank that has it ─► the rank of each slice ─► everybody            the same
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +21,17 @@ from kaisa.kfac.placement import FactorShape, LayerShape, Placement
 
 A, G = 0, 1
 HEADER = 3  # numbers of 8 bytes that go with the statistics of each layer: positions, examples, share
+_WORTH_SLICING = 2**20  # bytes that the busiest rank must be spared
 NOTE = 1  # and one with each bucket: a layer that could not be decomposed
 INT8 = "int8"
 BLOCK, SCALE_BYTES = 128, 4  # of the 8-bit form: how many numbers share a scale
 
 Key = tuple[str, int]
 """A layer and a side: 0 for A, 1 for G."""
+
+
+Piece = tuple[Key, int, int]
+"""A part of a factor's packed sums: from where to where."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,35 @@ class Routes:
         return tuple(_filled(reversed(sizes), self.bucket_bytes))
 
     @cached_property
+    def pieces(self) -> dict[tuple[str, ...], tuple[tuple[Piece, ...], ...] | None]:
+        """What the rank of each slice adds up of each bucket of statistics; None where every owner does so himself."""
+        return {bucket: self._pieces_of(bucket) for bucket in self.statistics_buckets}
+
+    def _pieces_of(self, bucket: Sequence[str]) -> tuple[tuple[Piece, ...], ...] | None:
+        keys = [(name, side) for name in bucket for side in (A, G)]
+        shares = [0] * self.placement.world_size
+        for key in keys:
+            for owner in self.owners(key):
+                shares[owner] += self.packed_size(key)
+        if not is_worth_slicing(shares):
+            return None
+        result: list[list[Piece]] = [[] for _ in shares]
+        bounds = even_slices(sum(map(self.packed_size, keys)), len(shares))
+        rank, start = 0, 0
+        for key in keys:
+            end = start + self.packed_size(key)
+            while bounds[rank][1] <= start:
+                rank += 1
+            for holder in range(rank, len(bounds)):
+                low, high = max(start, bounds[holder][0]), min(end, bounds[holder][1])
+                if low < high:
+                    result[holder].append((key, low - start, high - start))
+                if bounds[holder][1] >= end:
+                    break
+            start = end
+        return tuple(map(tuple, result))
+
+    @cached_property
     def gradient_buckets(self) -> tuple[tuple[str, ...], ...]:
         """The layers of each message of preconditioned gradients; layers of one shape are in one."""
         groups: dict[object, list[str]] = {}
@@ -78,6 +118,23 @@ class Routes:
             groups.setdefault((shape.gradient, shape.has_blocks), []).append(shape.name)
         sizes = [(names, sum(self.shapes[name].gradient_elements for name in names)) for names in groups.values()]
         return tuple(_filled(sizes, self.bucket_bytes))
+
+
+def is_worth_slicing(shares: Sequence[int]) -> bool:
+    """Says whether an exchange in which ranks have such shares, in numbers, had better go in two steps."""
+    direct = (len(shares) - 1) * max(shares)
+    sliced = max(shares) + (len(shares) - 1) * -(-sum(shares) // len(shares))
+    return 4 * (direct - sliced) > _WORTH_SLICING and direct > 1.5 * sliced
+
+
+def even_slices(total: int, count: int) -> list[tuple[int, int]]:
+    """Returns from where to where each of some equal parts of a message goes."""
+    return [(total * index // count, total * (index + 1) // count) for index in range(count)]
+
+
+def overlaps(start: int, end: int, bounds: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns what of a range lies in each of some others, relative to its start."""
+    return [(max(start, low) - start, max(start, low, min(end, high)) - start) for low, high in bounds]
 
 
 def is_worth_deferring(world_size: int, workers: int, layers: Iterable[LayerShape]) -> bool:

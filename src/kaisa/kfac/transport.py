@@ -22,7 +22,7 @@ from kaisa.kfac.factors import Factors, Pair
 from kaisa.kfac.payload import Payload, decode, encode, encoded_length
 from kaisa.kfac.placement import LayerShape, Placement
 from kaisa.kfac.reduction import Reduction
-from kaisa.kfac.routes import A, G, Key, Routes
+from kaisa.kfac.routes import A, G, Key, Routes, is_worth_slicing
 from kaisa.kfac.solvers import Decomposition, Solver
 
 
@@ -267,10 +267,9 @@ class Transport:
         everything = dict(computed)
         if len(column) > 1 and any(sent_by.values()):
             message = _joined([part.flatten() for key in sent_by[self.rank] for part in computed[key]], self.like)
-            nothing = self.like.new_empty(0)
-            sizes = [sum(map(self._decomposition_size, sent_by[rank])) * (rank != self.rank) for rank in column]
-            chunks = [nothing if rank == self.rank else message for rank in column]
-            received = self.collectives.exchange("decompositions", column, chunks, sizes)()
+            sizes = [sum(map(self._decomposition_size, sent_by[rank])) for rank in column]
+            gather = self.collectives.gather
+            received = gather("decompositions", column, message, sizes, sliced=is_worth_slicing(sizes))()
             for rank, chunk in zip(column, received, strict=True):
                 if rank != self.rank:
                     everything.update(self._decompositions(sent_by[rank], chunk))
@@ -317,7 +316,8 @@ class Transport:
         message = encode([solved[name].flatten() for name in by_sender[self.rank]], form, self.like, seed)
         numbers = {rank: [self.shapes[name].gradient_elements for name in by_sender[rank]] for rank in row}
         sizes = [encoded_length(numbers[rank], form) for rank in row]
-        wait = self.collectives.exchange("gradients", row, [message] * len(row), sizes)
+        sliced = is_worth_slicing([sum(numbers[rank]) for rank in row])
+        wait = self.collectives.gather("gradients", row, message, sizes, sliced=sliced)
 
         def received() -> dict[str, Tensor]:
             result: dict[str, Tensor] = {}
