@@ -38,8 +38,8 @@ def test_the_pieces_of_all_slices_are_every_factor_once(sides: list[tuple[int, i
     routes = Routes(place(layers, world, 1), layers, 5000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kaisa.kfac.routes.is_worth_slicing", lambda shares: True)
-        for bucket, slices in routes.pieces.items():
-            assert slices is not None
+        for bucket in routes.statistics_buckets:
+            slices = [routes.pieces(bucket, rank) for rank in range(world)]
             seen: dict[tuple[str, int], list[tuple[int, int]]] = {}
             for pieces in slices:
                 for key, low, high in pieces:
@@ -68,12 +68,9 @@ def test_the_owner_of_the_largest_factor_of_resnet50_does_not_get_a_copy_from_ev
     routes = Routes(placement, tuple(layers), 25 * 2**20)
     owner = placement["conv"].a_owners[0]
     most = 0
-    for bucket, slices in routes.pieces.items():
-        if slices is None:
-            most += 63 * 4 * sum(routes.packed_size(key) for key in routes.owned_by(owner, bucket))
-        else:
-            most += 63 * 4 * sum(high - low for _, low, high in slices[owner])
-            most += 4 * sum(routes.packed_size(key) for key in routes.owned_by(owner, bucket))
+    for bucket, is_sliced in routes.sliced_buckets.items():
+        most += 63 * 4 * sum(high - low for _, low, high in routes.pieces(bucket, owner))
+        most += 4 * sum(routes.packed_size(key) for key in routes.owned_by(owner, bucket)) * is_sliced
     direct = 63 * 4 * 4608 * 4609 // 2
     assert most < direct / 20
     told = account(placement, layers, lambda factor: factor.size**2 + factor.size)

@@ -19,9 +19,21 @@ until every layer has its first decomposition, another 16 bytes a layer and inve
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from kaisa.kfac.placement import FactorShape, LayerShape, Placement
-from kaisa.kfac.routes import INT8, A, G, Routes, even_slices, header_bytes, int8_length, is_worth_slicing
+from kaisa.kfac.routes import (
+    INT8,
+    A,
+    G,
+    Routes,
+    even_slices,
+    header_bytes,
+    int8_length,
+    is_worth_slicing,
+    keys_of,
+    slice_of,
+)
 
 STATISTICS, DECOMPOSITIONS, STATUS, GRADIENTS = "statistics", "decompositions", "status", "gradients"
 
@@ -116,24 +128,49 @@ def _statistics(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
     world_size = routes.placement.world_size
     if world_size == 1:
         return ({},)
-    everything, calls, own = 0, 0, Counter[int]()
+    everything, calls, kept = 0, 0, Counter[int]()
     for bucket in routes.statistics_buckets:
         everything += (world_size - 1) * header_bytes(bucket)
-        slices = routes.pieces[bucket]
-        calls += 1 if slices is None else 2
-        if slices is None:
-            for key in ((name, side) for name in bucket for side in (A, G)):
-                size = _encoded([routes.packed_size(key)], sizes.statistics)
-                everything += size * len(routes.owners(key))
-                own.update(dict.fromkeys(routes.owners(key), size))
+        calls += 1 + routes.sliced_buckets[bucket]
+        if routes.sliced_buckets[bucket]:
+            first, own = _in_slices(routes, bucket, sizes)
+            everything += first
+            kept.update(own)
             continue
-        for rank, pieces in enumerate(slices):
-            size = _encoded([high - low for _, low, high in pieces], sizes.statistics)
-            everything += size
-            own[rank] += size
-            onward = ((high - low, routes.owners(key)) for key, low, high in pieces)
-            own[rank] -= sizes.factors * sum(size * sum(owner != rank for owner in owners) for size, owners in onward)
-    return tuple({STATISTICS: Sent(everything - own[rank], calls)} for rank in range(world_size))
+        for key in keys_of(bucket):
+            size = _encoded([routes.packed_size(key)], sizes.statistics)
+            everything += size * len(routes.owners(key))
+            kept.update(dict.fromkeys(routes.owners(key), size))
+    return tuple({STATISTICS: Sent(everything - kept[rank], calls)} for rank in range(world_size))
+
+
+def _in_slices(routes: Routes, bucket: tuple[str, ...], sizes: Sizes) -> tuple[int, Counter[int]]:
+    """Returns what a rank would send of a bucket that goes in two steps, and what each sends less than that.
+
+    A rank sends every slice but its own, and passes the sums of its own on to the owners, unless that is itself.
+    """
+    starts, keys, count = routes.starts(bucket), keys_of(bucket), routes.placement.world_size
+    is_plain = sizes.statistics == sizes.factors
+    kept: Counter[int] = Counter()
+    everything = sizes.factors * starts[-1] if is_plain else 0
+    for rank in range(0 if is_plain else count):
+        parts = [high - low for _, low, high in routes.pieces(bucket, rank)]
+        wire = _encoded(parts, sizes.statistics)
+        everything += wire
+        kept[rank] += wire - sizes.factors * sum(parts)
+    for key, start, end in zip(keys, starts, starts[1:], strict=False):
+        owners = routes.owners(key)
+        if len(owners) > 1:
+            for rank in range(start * count // starts[-1], min(count, end * count // starts[-1] + 1)):
+                kept[rank] -= sizes.factors * (len(owners) - 1) * _overlap(start, end, rank, starts[-1], count)
+        for rank in owners:
+            kept[rank] += sizes.factors * _overlap(start, end, rank, starts[-1], count)
+    return everything, kept
+
+
+def _overlap(start: int, end: int, rank: int, total: int, count: int) -> int:
+    low, high = slice_of(rank, total, count)
+    return max(0, min(end, high) - max(start, low))
 
 
 def _decompositions(routes: Routes, held: Held, sizes: Sizes, damps_factors: bool) -> tuple[dict[str, Sent], ...]:
@@ -153,28 +190,28 @@ def _decompositions(routes: Routes, held: Held, sizes: Sizes, damps_factors: boo
     for first in columns:
         column = placement.columns[first]
         numbers = [own[rank] for rank in column]
-        for rank, sent in zip(column, _gathered(numbers, numbers, sizes.decompositions), strict=True):
-            result[rank][DECOMPOSITIONS] = sent
+        sent, calls = _gathered(numbers, numbers, sizes.decompositions)
+        for rank, size in zip(column, sent, strict=True):
+            result[rank][DECOMPOSITIONS] = Sent(size, calls)
     return tuple(result)
 
 
-def _gathered(numbers: Sequence[int], elements: Sequence[int], each: int) -> list[Sent]:
-    """Returns what each rank sends in a gather.
+def _gathered(numbers: Sequence[int], elements: Sequence[int], each: int) -> tuple[list[int], int]:
+    """Returns the bytes that each rank sends in a gather, and in how many calls.
 
     Args:
         numbers: of each rank, by which it is decided whether to go in slices.
         elements: of each rank's message.
         each: bytes of an element.
     """
-    others = len(numbers) - 1
+    count, total = len(numbers), sum(elements)
     if not is_worth_slicing(numbers):
-        return [Sent(others * each * count, 1) for count in elements]
-    bounds, start, result = even_slices(sum(elements), len(elements)), 0, []
-    for (low, high), count in zip(bounds, elements, strict=True):
-        kept = max(0, min(high, start + count) - max(low, start))
-        result.append(Sent(each * (count - kept + others * (high - low)), 2))
-        start += count
-    return result
+        return [(count - 1) * each * mine for mine in elements], 1
+    result = [(count - 1) * each * (high - low) for low, high in even_slices(total, count)]
+    for rank, (start, mine) in enumerate(zip(accumulate(elements, initial=0), elements, strict=False)):
+        if mine:
+            result[rank] += each * (mine - _overlap(start, start + mine, rank, total, count))
+    return result, 2
 
 
 def _gradients(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
@@ -183,17 +220,18 @@ def _gradients(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
     if length == 1:
         return ({},) * placement.world_size
     # All rows send alike: the gradient workers of a layer stand in the same place of theirs.
-    total = [Sent(0, 0)] * length
-    is_int8 = sizes.gradients == INT8
+    total, calls = [0] * length, 0
+    each = 1 if isinstance(sizes.gradients, str) else sizes.gradients
     for bucket in routes.gradient_buckets:
         numbers, elements = [0] * length, [0] * length
         for name in bucket:
             place, count = placement[name].gradient_workers[0], routes.shapes[name].gradient_elements
             numbers[place] += count
-            elements[place] += int8_length([count]) if is_int8 else count
-        sent = _gathered(numbers, elements, 1 if isinstance(sizes.gradients, str) else sizes.gradients)
-        total = [Sent(old.bytes + new.bytes, old.calls + new.calls) for old, new in zip(total, sent, strict=True)]
-    return tuple({GRADIENTS: total[rank % length]} for rank in range(placement.world_size))
+            elements[place] += int8_length([count]) if sizes.gradients == INT8 else count
+        sent, needed = _gathered(numbers, elements, each)
+        total = [old + new for old, new in zip(total, sent, strict=True)]
+        calls += needed
+    return tuple({GRADIENTS: Sent(total[rank % length], calls)} for rank in range(placement.world_size))
 
 
 def _memory(routes: Routes, held: Held, sizes: Sizes, has_moments: bool, deferred: bool) -> tuple[dict[str, int], ...]:

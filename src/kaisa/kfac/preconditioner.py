@@ -10,7 +10,6 @@ Layers whose factors have equal shapes are one stack: decomposed, rotated and sc
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -261,7 +260,10 @@ class KFACPreconditioner:
                 "patience": str(patience),
                 "dtypes": repr((factor_dtype, inv_dtype)),
                 "payload": repr(self._payload),
-                "placement": sha256(repr(self.placement).encode()).hexdigest(),
+                "placement": repr(
+                    (self.placement.workers, colocate_factors, local_below, self.placement.ranks_per_node)
+                ),
+                "plan": repr(self.placement) if grad_worker_fraction == AUTO else "",
                 "deferred": str(self._defers),
                 "replan_beyond": str(self._replan_beyond),
                 "seed": str(seed),

@@ -19,7 +19,7 @@ from kaisa.kfac import linalg
 from kaisa.kfac.collectives import Collectives, Wait
 from kaisa.kfac.factors import Statistics
 from kaisa.kfac.payload import Payload, decode, encode, encoded_length
-from kaisa.kfac.routes import HEADER, NOTE, A, G, Key, Piece, Routes, header_bytes
+from kaisa.kfac.routes import HEADER, NOTE, A, G, Key, Piece, Routes, header_bytes, keys_of
 
 _IN_FLIGHT = 4  # buckets on their way at one time, so that messages do not fill the memory
 
@@ -77,7 +77,7 @@ class Reduction:
         self.heard = {name: torch.zeros((), dtype=torch.bool, device=like.device) for name in routes.shapes}
         self._messages = 0
         self._sent = 0  # buckets of this step that have gone
-        self._waits: list[tuple[Sequence[str], Wait]] = []  # and have not come yet
+        self._waits: list[tuple[tuple[str, ...], Wait]] = []  # and have not come yet
         self._added_up: list[Callable[[], dict[Key, Tensor]]] = []
         self._counts: dict[str, Counts] = {}
         self._late: dict[str, Statistics] = {}
@@ -151,33 +151,23 @@ class Reduction:
 
     # ------------------------------------------------------------------------------------------------------- sending
 
-    def _send(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> None:
+    def _send(self, bucket: tuple[str, ...], local: Mapping[str, Statistics]) -> None:
         self._receive(all_but=_IN_FLIGHT - 1)
         self._sent += 1
         local = self._with_late(bucket, local)
         seed = self._messages * len(self.world) ** 2 + self.rank  # rounds every message at random in another way
         self._messages += 1
         header = self._header(bucket, local).view(torch.uint8)
-        packed = {key: self._packed(local, key) for key in self._keys(bucket)}
+        packed = {key: self._packed(local, key) for key in keys_of(bucket)}
         messages = []
         for rank in self.world:
-            sums = [packed[key][low:high] for key, low, high in self._pieces(rank, bucket)]
+            sums = [packed[key][low:high] for key, low, high in self.routes.pieces(bucket, rank)]
             messages.append(torch.cat((header, encode(sums, self.form, self.like, seed).view(torch.uint8))))
         size = header_bytes(bucket) + self._body_bytes(bucket)
         wait = self.collectives.exchange("statistics", self.world, messages, [size] * len(self.world))
         self._waits.append((bucket, wait))
 
-    def _keys(self, bucket: Sequence[str]) -> list[Key]:
-        return [(name, side) for name in bucket for side in (A, G)]
-
-    def _pieces(self, rank: int, bucket: Sequence[str]) -> Sequence[Piece]:
-        """Returns what a rank adds up: a slice, or everything that it owns."""
-        slices = self.routes.pieces[tuple(bucket)]
-        if slices is not None:
-            return slices[rank]
-        return [(key, 0, self.routes.packed_size(key)) for key in self.routes.owned_by(rank, bucket)]
-
-    def _with_late(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    def _with_late(self, bucket: tuple[str, ...], local: Mapping[str, Statistics]) -> dict[str, Statistics]:
         """Returns the sums of a bucket's layers and what came too late for the last factor step."""
         result = {name: local[name] for name in bucket if name in local}
         for name in bucket:
@@ -189,7 +179,7 @@ class Reduction:
                 result[name] = late
         return result
 
-    def _header(self, bucket: Sequence[str], local: Mapping[str, Statistics]) -> Tensor:
+    def _header(self, bucket: tuple[str, ...], local: Mapping[str, Statistics]) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=self.like.device)
         numbers: list[float | Tensor] = []
         for name in bucket:
@@ -231,7 +221,7 @@ class Reduction:
             total = self._added(bucket, [message[header_bytes(bucket) :] for message in received])
             self._added_up.append(self._passed_on(bucket, total))
 
-    def _read_headers(self, bucket: Sequence[str], headers: Sequence[Tensor]) -> dict[str, Counts]:
+    def _read_headers(self, bucket: tuple[str, ...], headers: Sequence[Tensor]) -> dict[str, Counts]:
         table = torch.stack([header.clone().view(torch.float64) for header in headers])
         self.noted = torch.maximum(self.noted, table[:, -1].max())
         positions, examples, steps = table[:, :-NOTE].reshape(len(headers), -1, HEADER).unbind(2)
@@ -244,7 +234,7 @@ class Reduction:
             self.heard[name] = self.heard[name] | is_finite[index]
         return result
 
-    def _added(self, bucket: Sequence[str], received: Sequence[Tensor]) -> Tensor:
+    def _added(self, bucket: tuple[str, ...], received: Sequence[Tensor]) -> Tensor:
         """Returns the sums over ranks, in their order, of what this rank adds up."""
         sizes = self._sizes(bucket)
         first, *others = (decode(body.view(self._wire_type()), sizes, self.form, self.like.dtype) for body in received)
@@ -253,18 +243,18 @@ class Reduction:
             total += other
         return total
 
-    def _passed_on(self, bucket: Sequence[str], total: Tensor) -> Callable[[], dict[Key, Tensor]]:
+    def _passed_on(self, bucket: tuple[str, ...], total: Tensor) -> Callable[[], dict[Key, Tensor]]:
         """Returns what waits for the sums of the factors that this rank owns."""
-        pieces = self._pieces(self.rank, bucket)
+        pieces = self.routes.pieces(bucket, self.rank)
         parts = dict(zip(pieces, total.split(self._sizes(bucket)), strict=True))
-        if self.routes.pieces[tuple(bucket)] is None:
+        if not self.routes.sliced_buckets[bucket]:
             return lambda: {key: part for (key, _, _), part in parts.items()}
         nothing = self.like.new_empty(0)
         chunks = [
             torch.cat([nothing, *(part for (key, _, _), part in parts.items() if rank in self.routes.owners(key))])
             for rank in self.world
         ]
-        mine = [[piece for piece in self._pieces(rank, bucket) if self._owns(piece)] for rank in self.world]
+        mine = [[piece for piece in self.routes.pieces(bucket, rank) if self._owns(piece)] for rank in self.world]
         sizes = [sum(high - low for _, low, high in each) for each in mine]
         wait = self.collectives.exchange("statistics", self.world, chunks, sizes)
 
@@ -280,10 +270,10 @@ class Reduction:
     def _owns(self, piece: Piece) -> bool:
         return self.rank in self.routes.owners(piece[0])
 
-    def _sizes(self, bucket: Sequence[str]) -> list[int]:
-        return [high - low for _, low, high in self._pieces(self.rank, bucket)]
+    def _sizes(self, bucket: tuple[str, ...]) -> list[int]:
+        return [high - low for _, low, high in self.routes.pieces(bucket, self.rank)]
 
-    def _body_bytes(self, bucket: Sequence[str]) -> int:
+    def _body_bytes(self, bucket: tuple[str, ...]) -> int:
         return encoded_length(self._sizes(bucket), self.form) * self._wire_type().itemsize
 
     def _wire_type(self) -> torch.dtype:

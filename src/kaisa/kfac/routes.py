@@ -13,9 +13,11 @@ above the even one, messages go in two steps through even slices of the whole, o
     the others    the rank that has it ─► the rank of each slice ─► everybody            the same
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from kaisa.kfac.placement import FactorShape, LayerShape, Placement
 
@@ -82,33 +84,35 @@ class Routes:
         return tuple(_filled(reversed(sizes), self.bucket_bytes))
 
     @cached_property
-    def pieces(self) -> dict[tuple[str, ...], tuple[tuple[Piece, ...], ...] | None]:
-        """What the rank of each slice adds up of each bucket of statistics; None where every owner does so himself."""
-        return {bucket: self._pieces_of(bucket) for bucket in self.statistics_buckets}
+    def sliced_buckets(self) -> dict[tuple[str, ...], bool]:
+        """Which messages of statistics go in two steps, through even slices."""
+        result = {}
+        for bucket in self.statistics_buckets:
+            shares = [0] * self.placement.world_size
+            for key in keys_of(bucket):
+                for owner in self.owners(key):
+                    shares[owner] += self.packed_size(key)
+            result[bucket] = is_worth_slicing(shares)
+        return result
 
-    def _pieces_of(self, bucket: Sequence[str]) -> tuple[tuple[Piece, ...], ...] | None:
-        keys = [(name, side) for name in bucket for side in (A, G)]
-        shares = [0] * self.placement.world_size
-        for key in keys:
-            for owner in self.owners(key):
-                shares[owner] += self.packed_size(key)
-        if not is_worth_slicing(shares):
-            return None
-        result: list[list[Piece]] = [[] for _ in shares]
-        bounds = even_slices(sum(map(self.packed_size, keys)), len(shares))
-        rank, start = 0, 0
-        for key in keys:
-            end = start + self.packed_size(key)
-            while bounds[rank][1] <= start:
-                rank += 1
-            for holder in range(rank, len(bounds)):
-                low, high = max(start, bounds[holder][0]), min(end, bounds[holder][1])
-                if low < high:
-                    result[holder].append((key, low - start, high - start))
-                if bounds[holder][1] >= end:
-                    break
-            start = end
-        return tuple(map(tuple, result))
+    def pieces(self, bucket: tuple[str, ...], rank: int) -> list[Piece]:
+        """Returns what a rank adds up of a message of statistics: a slice, or everything that it owns."""
+        if not self.sliced_buckets[bucket]:
+            return [(key, 0, self.packed_size(key)) for key in self.owned_by(rank, bucket)]
+        keys, starts = keys_of(bucket), self.starts(bucket)
+        low, high = slice_of(rank, starts[-1], self.placement.world_size)
+        result = []
+        for index in range(max(0, bisect_right(starts, low) - 1), len(keys)):
+            first, last = max(low, starts[index]), min(high, starts[index + 1])
+            if starts[index] >= high:
+                break
+            if first < last:
+                result.append((keys[index], first - starts[index], last - starts[index]))
+        return result
+
+    def starts(self, bucket: tuple[str, ...]) -> list[int]:
+        """Returns where each factor of a bucket begins when all are one after another, and where the last one ends."""
+        return list(accumulate((self.packed_size(key) for key in keys_of(bucket)), initial=0))
 
     @cached_property
     def gradient_buckets(self) -> tuple[tuple[str, ...], ...]:
@@ -127,9 +131,19 @@ def is_worth_slicing(shares: Sequence[int]) -> bool:
     return 4 * (direct - sliced) > _WORTH_SLICING and direct > 1.5 * sliced
 
 
+def keys_of(names: Iterable[str]) -> list[Key]:
+    """Returns both factors of some layers."""
+    return [(name, side) for name in names for side in (A, G)]
+
+
+def slice_of(rank: int, total: int, count: int) -> tuple[int, int]:
+    """Returns from where to where one of some equal parts of a message goes."""
+    return total * rank // count, total * (rank + 1) // count
+
+
 def even_slices(total: int, count: int) -> list[tuple[int, int]]:
     """Returns from where to where each of some equal parts of a message goes."""
-    return [(total * index // count, total * (index + 1) // count) for index in range(count)]
+    return list(pairwise([total * index // count for index in range(count + 1)]))
 
 
 def overlaps(start: int, end: int, bounds: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
