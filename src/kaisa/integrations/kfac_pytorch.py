@@ -15,7 +15,7 @@ from torch import nn
 
 import kaisa
 from kaisa.errors import ConfigurationError
-from kaisa.kfac.preconditioner import LossScaler
+from kaisa.kfac.loss_scale import LossScaler
 from kaisa.schedules import Scalar
 
 _SOLVERS = {"eigen": "eigen", "inverse": "cholesky"}

@@ -7,11 +7,13 @@ timings of the run       ─► a corrected profile of the machine ─► anothe
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.hardware import Hardware, Link, Table
+from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import LayerShape, LocalRule, Placement, gradient_workers, place
 from kaisa.kfac.planner import Choices, choose
 from kaisa.kfac.prediction import Prediction, predict
@@ -168,6 +170,26 @@ def name_of(solver: Solver) -> str | None:
     if type(solver) is Eigen:
         return "eigen" if solver.warm_start is None else "warm_eigen"
     return "cholesky" if type(solver) is Cholesky else None
+
+
+def settings_of(solver: Solver, payload: Payload, **others: Any) -> Settings | None:
+    """Returns what the planner must know of how K-FAC works; None for a solver that it does not know.
+
+    Args:
+        solver: its own name for the planner.
+        payload: the forms in which numbers travel.
+        others: fields of ``Settings`` that are as they are called there.
+    """
+    name = name_of(solver)
+    if name is None:
+        return None
+    return Settings(
+        solver=name,
+        statistics=payload.name_of("statistics"),
+        gradients=payload.name_of("gradients"),
+        bucket_bytes=payload.bucket_bytes,
+        **others,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- looking back

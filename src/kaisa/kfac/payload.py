@@ -22,7 +22,7 @@ Wire = torch.dtype | str | None
 
 @dataclass(frozen=True)
 class Payload:
-    """The forms in which numbers travel: None for the type that they are held in, a shorter type, or "int8".
+    """The forms in which numbers travel: None for the type that they are held in, a shorter type (or its name), "int8".
 
     Attributes:
         statistics: of the factors' sums, which are added up in full precision on arrival.
@@ -50,6 +50,9 @@ class Payload:
     def __post_init__(self) -> None:
         for name in ("statistics", "gradients"):
             form = getattr(self, name)
+            if isinstance(form, str) and isinstance(getattr(torch, form, None), torch.dtype) and form != INT8:
+                form = getattr(torch, form)
+                object.__setattr__(self, name, form)
             if not (form is None or form == INT8 or (isinstance(form, torch.dtype) and form.is_floating_point)):
                 raise ConfigurationError(f"Payload.{name} is {form!r}; give a floating-point type, 'int8' or None")
         if self.bucket_bytes < 1:

@@ -7,19 +7,19 @@
 Layers whose factors have equal shapes are one stack: decomposed, rotated and scaled as one batch.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.kfac import fisher as fishers
-from kaisa.kfac import shards, solvers
+from kaisa.kfac import options, shards, solvers
+from kaisa.kfac import state as states
 from kaisa.kfac.arrangement import (
     AUTO,
     PARTS,
@@ -28,9 +28,9 @@ from kaisa.kfac.arrangement import (
     Measured,
     choose_again,
     is_off,
-    name_of,
     profile_of,
     ratios,
+    settings_of,
 )
 from kaisa.kfac.capture import Capture
 from kaisa.kfac.clock import Clock
@@ -43,29 +43,23 @@ from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.layers import EXPAND, REDUCE, Convolution, Layer, LayerOptions, MatrixLayer
+from kaisa.kfac.loss_scale import LossScale, LossScaler
 from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import Placement, nodes_of
 from kaisa.kfac.planner import parse_bytes
+from kaisa.kfac.rates import Rates
 from kaisa.kfac.reduction import Counts
 from kaisa.kfac.report import PlanReport
 from kaisa.kfac.routes import A, G
 from kaisa.kfac.solvers import EKFAC, Solver
 from kaisa.kfac.transport import Transport, groups_of
 from kaisa.kfac.trust_region import KLClip, TrustRegion
-from kaisa.kfac.workload import Settings
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes of single examples' gradients that are formed at once
 
 Solved = tuple[list[list[str]], list[Tensor], list[Tensor]]
 """The names of the layers of each stack, their raw gradients, and the preconditioned ones."""
-
-
-class LossScaler(Protocol):
-    """What K-FAC asks of a ``torch.amp.GradScaler``."""
-
-    def scale(self, outputs: Tensor) -> Tensor:
-        """Returns the tensor times the loss scale."""
 
 
 class KFACPreconditioner:
@@ -119,7 +113,7 @@ class KFACPreconditioner:
             known GPU, or two cores.
         replan_beyond: chooses the placement anew when the run shows that computing, decomposing or exchanging takes
             longer or shorter than predicted by more than this factor; None for never.
-        payload: the types in which numbers travel.
+        payload: how numbers travel, or a mapping of its fields.
         collectives: how to reach the other ranks; None for the running process group.
 
     Raises:
@@ -161,20 +155,20 @@ class KFACPreconditioner:
         memory_budget: str | int | None = None,
         hardware: str | Path | Hardware | None = None,
         replan_beyond: float | None = None,
-        payload: Payload | None = None,
+        payload: Payload | Mapping[str, Any] | None = None,
         collectives: Collectives | None = None,
     ) -> None:
         if collectives is None:
             collectives = Processes.of_world() if world()[1] > 1 else Alone()
-        _one_of("sharing", sharing, (EXPAND, REDUCE))
-        _one_of("factor_scaling", factor_scaling, ("fisher", "kaisa"))
-        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
-        _at_least_one("accumulation_steps", accumulation_steps)
-        _at_least_one("patience", patience)
-        if not 0 < factor_examples <= 1 or abs(1 / factor_examples - round(1 / factor_examples)) > 1e-6:
-            raise ConfigurationError(f"factor_examples is {factor_examples}; give 1, 1/2, 1/3, 1/4, …")
-        _floating("inv_dtype", inv_dtype)
-        _floating("factor_dtype", factor_dtype or inv_dtype)
+        options.one_of("sharing", sharing, (EXPAND, REDUCE))
+        options.one_of("factor_scaling", factor_scaling, ("fisher", "kaisa"))
+        options.one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        options.at_least_one("accumulation_steps", accumulation_steps)
+        options.at_least_one("patience", patience)
+        options.unit_fraction("factor_examples", factor_examples)
+        options.floating("inv_dtype", inv_dtype)
+        options.floating("factor_dtype", factor_dtype or inv_dtype)
+        options.for_the_planner(grad_worker_fraction, memory_budget=memory_budget, replan_beyond=replan_beyond)
         if trust_region is None and kl_clip is not None:
             trust_region = KLClip(kl_clip)
             Schedule("kl_clip", kl_clip, POSITIVE)
@@ -184,7 +178,7 @@ class KFACPreconditioner:
         self._inverse_interval = Schedule("inv_update_steps", inv_update_steps, STEPS)
         self._damping = Schedule("damping", damping, POSITIVE)
         self._decay = Schedule("factor_decay", factor_decay, DECAY)
-        self._lr = None if lr is None else Schedule("lr", lr, NON_NEGATIVE)
+        self._rates = Rates(None if lr is None else Schedule("lr", lr, NON_NEGATIVE), optimizer)
         self._loss_terms = None if loss_terms is None else Schedule("loss_terms", loss_terms, POSITIVE)
         self._solver = solvers.named(solver)
         self._fisher = fishers.named(fisher)
@@ -193,14 +187,12 @@ class KFACPreconditioner:
         self._patience = patience
         self._factor_dtype = factor_dtype
         self._accumulation_steps = accumulation_steps
-        self._reduction = loss_reduction
-        self._scaler = grad_scaler
+        self._loss_scale = LossScale(grad_scaler, accumulation_steps if loss_reduction == "mean" else 1, optimizer)
         self._scaling = factor_scaling
-        self._optimizer = optimizer
         plain = unwrapped(model)
         norm_sharing = REDUCE if loss_terms is None else sharing
         layers, self._coverage = discover(
-            plain, layer_options or LayerOptions(), _patterns(skip_layers), sharing, norm_sharing
+            plain, layer_options or LayerOptions(), options.patterns("skip_layers", skip_layers), sharing, norm_sharing
         )
         if not layers:
             raise ConfigurationError(f"no layer can be preconditioned:\n{self._coverage}")
@@ -214,20 +206,30 @@ class KFACPreconditioner:
                 "LevenbergMarquardt needs all factors on one process; give damping as a number or a function"
             )
         self._inverse_dtype = inv_dtype
-        self._payload = payload or Payload()
-        if memory_budget is not None and grad_worker_fraction != AUTO:
-            raise ConfigurationError("memory_budget is for the planner; set grad_worker_fraction='auto'")
-        self._replan_beyond = _replan_beyond(replan_beyond, grad_worker_fraction)
+        self._payload = Payload(**payload) if isinstance(payload, Mapping) else payload or Payload()
+        self._replan_beyond = options.factor_above_one("replan_beyond", replan_beyond)
         shapes = tuple(layer.layer_shape() for layer in layers)
         self._arranger = Arranger(
             shapes=shapes,
             world_size=collectives.world_size,
             fraction=grad_worker_fraction,
             colocate=colocate_factors,
-            local_below=_local_below(local_below),
+            local_below=options.size_or_auto("local_below", local_below),
             ranks_per_node=nodes_of(ranks_per_node or collectives.ranks_per_node, collectives.world_size),
             deferred=self._payload.deferred,
-            settings=self._settings(colocate_factors, local_below, factor_examples),
+            settings=settings_of(
+                self._solver,
+                self._payload,
+                factor_update_steps=self._factor_interval.resolve_steps(0),
+                inv_update_steps=self._inverse_interval.resolve_steps(0),
+                factor_bytes=(factor_dtype or layers[0].summed_in(None)).itemsize,
+                decomposition_bytes=_held_in(layers[0], inv_dtype).itemsize,
+                colocate=colocate_factors,
+                local_below=local_below,
+                spread=spread_inverses,
+                accumulation_steps=accumulation_steps,
+                factor_examples=factor_examples,
+            ),
             exchanges=self._exchanges_of_statistics(),
             may_wait=self._statistics_may_wait(),
             holds_all=self._is_per_example,
@@ -279,10 +281,8 @@ class KFACPreconditioner:
         self._last_factors: int | None = None
         self._last_inverses: int | None = None
         self._queue: list[str] = []
-        self._groups: dict[Any, dict[str, Any]] = {}
         self._start: QuadraticModel | None = None
         self._clock = Clock()
-        self._loss_scales: dict[torch.device, Tensor] = {}
         self._example_moments: dict[str, Tensor] = {}
         self._label_generator = torch.Generator().manual_seed(seed + collectives.rank)
         per_example = self._is_per_example
@@ -297,7 +297,7 @@ class KFACPreconditioner:
             layers,
             reduction=loss_reduction,
             terms=self._terms,
-            loss_scale=self._undo_loss_scale,
+            loss_scale=self._loss_scale.undo,
             fraction=factor_examples,
             dtype=factor_dtype,
             seed=seed + collectives.rank,
@@ -321,7 +321,7 @@ class KFACPreconditioner:
             DecompositionError: a layer could not be decomposed ``patience`` times in a row.
             ConfigurationError: a sampled Fisher was never sampled for.
         """
-        self._check_unscaled()
+        self._loss_scale.check_unscaled()
         if self._factors_are_due():
             with self._clock("factors"):
                 self._update_factors()
@@ -331,7 +331,7 @@ class KFACPreconditioner:
         with self._clock("precondition"):
             self._precondition()
         self._steps += 1
-        self._loss_scales.clear()
+        self._loss_scale.forget()
         self._capture.batch_size = None
         self._capture.active = self._factors_are_due()
 
@@ -378,28 +378,6 @@ class KFACPreconditioner:
         if callable(inverse) or callable(factor):
             return float("inf")
         return max(1.0, float(inverse) / float(factor))
-
-    def _settings(self, colocate: bool, local_below: int | str, factor_examples: float) -> Settings | None:
-        """Returns what the planner must know of how K-FAC works; None for a solver that it does not know."""
-        name = name_of(self._solver)
-        if name is None:
-            return None
-        first = next(iter(self._layers.values()))
-        return Settings(
-            factor_update_steps=self._factor_interval.resolve_steps(0),
-            inv_update_steps=self._inverse_interval.resolve_steps(0),
-            solver=name,
-            statistics=self._payload.name_of("statistics"),
-            gradients=self._payload.name_of("gradients"),
-            factor_bytes=(self._factor_dtype or first.summed_in(None)).itemsize,
-            decomposition_bytes=_held_in(first, self._inverse_dtype).itemsize,
-            bucket_bytes=self._payload.bucket_bytes,
-            colocate=colocate,
-            local_below=local_below,
-            spread=self._spread,
-            accumulation_steps=self._accumulation_steps,
-            factor_examples=factor_examples,
-        )
 
     def _connected(self, collectives: Collectives) -> Transport:
         layers = self._layers.values()
@@ -604,29 +582,12 @@ class KFACPreconditioner:
     def _bounded(self, stacks: list[list[str]], raw: list[Tensor], solved: list[Tensor]) -> list[Tensor]:
         if self._trust_region is None or not stacks:
             return solved
-        rates = [self._rates(names, gradient) for names, gradient in zip(stacks, solved, strict=True)]
+        rates = [
+            self._rates.of([self._layers[name].weight for name in names], self._steps, gradient)
+            for names, gradient in zip(stacks, solved, strict=True)
+        ]
         scales = self._trust_region.scales(raw, solved, rates, self._steps)
         return [gradient * scale for gradient, scale in zip(solved, scales, strict=True)]
-
-    def _rates(self, names: Sequence[str], like: Tensor) -> Tensor:
-        rates = [self._rate(self._layers[name].weight) for name in names]
-        numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
-        if len(numbers) < len(rates):
-            return torch.stack([torch.as_tensor(rate, device=like.device) for rate in rates])
-        if len(set(numbers)) == 1:
-            return torch.full((len(numbers),), numbers[0], device=like.device)
-        return torch.tensor(numbers, device=like.device)
-
-    def _rate(self, weight: nn.Parameter) -> float | Tensor:
-        if self._lr is not None:
-            return self._lr.resolve(self._steps)
-        if self._optimizer is None:
-            return 1.0
-        if weight not in self._groups:
-            self._groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
-        group = self._groups.get(weight)
-        rate: float | Tensor = 0.0 if group is None else group["lr"]
-        return rate
 
     # ------------------------------------------------------------------------------- the Fisher of the prediction
 
@@ -703,7 +664,7 @@ class KFACPreconditioner:
         old.collectives.prepare(groups_of(arrangement.placement))
         self._transport = self._connected(old.collectives)
         self._transport.go_on_from(old)
-        own = shards.assembled({**state, "share": self._share()}, tensors, self.placement, old.rank)
+        own = shards.assembled({**state, **self._signature()}, tensors, self.placement, old.rank)
         self.load_state_dict(own)
 
     # -------------------------------------------------------------------------------------------- adaptive damping
@@ -750,30 +711,6 @@ class KFACPreconditioner:
 
     def _terms(self) -> float | None:
         return None if self._loss_terms is None else self._loss_terms.resolve(self._steps)
-
-    def _undo_loss_scale(self, device: torch.device) -> float | Tensor:
-        """Returns what gradients must be multiplied by to be those of the loss of one micro-batch.
-
-        A mean is divided by the number of micro-batches, so that they make one mean; sums add up as they are.
-        """
-        micro_batches = float(self._accumulation_steps) if self._reduction == "mean" else 1.0
-        if self._scaler is None:
-            return micro_batches
-        if device not in self._loss_scales:
-            one = torch.ones((), device=device)
-            scale = one * self._scaler() if callable(self._scaler) else self._scaler.scale(one)
-            self._loss_scales[device] = micro_batches / scale
-        return self._loss_scales[device]
-
-    def _check_unscaled(self) -> None:
-        states = getattr(self._scaler, "_per_optimizer_states", None)
-        if states is None or self._optimizer is None or not getattr(self._scaler, "is_enabled", bool)():
-            return
-        stage = states[id(self._optimizer)]["stage"] if id(self._optimizer) in states else None
-        if stage is None or stage.name == "READY":
-            raise ConfigurationError(
-                "the gradients are still scaled; call scaler.unscale_(optimizer) before kfac.step()"
-            )
 
     def _observe_examples(self, layer: Layer, x: Tensor, delta: Tensor) -> None:
         """Adds up the squares of single examples' gradients in the eigenbasis (per-example EKFAC)."""
@@ -843,8 +780,8 @@ class KFACPreconditioner:
         """
         rule = self._damping.value
         return {
-            "format": 1,
-            "share": self._share(),
+            "format": states.FORMAT,
+            **self._signature(),
             "steps": self._steps,
             "last_factors": self._last_factors,
             "last_inverses": self._last_inverses,
@@ -852,9 +789,6 @@ class KFACPreconditioner:
             "ready": sorted(self._ready),
             "begun": self._transport.begun(self._layers, self.factors),
             "deferred": {"is_waiting": self._is_deferred, "sums": self._deferral.state()},
-            "solver": repr(self._solver),
-            "scaling": self._scaling,
-            "shapes": {name: list(layer.shape) for name, layer in self._layers.items()},
             "factors": self.factors.state(),
             "decompositions": self._decompositions.state(),
             "failures": dict(self._decompositions.failures),
@@ -895,55 +829,18 @@ class KFACPreconditioner:
         Raises:
             StateError: as there.
         """
-        differences = self._differences(state)
+        differences = states.differences(state, self._signature())
         if differences:
             raise StateError("the state does not belong to this preconditioner:\n  " + "\n  ".join(differences))
 
-    def _share(self) -> dict[str, Any]:
-        """Returns which part of all states is held here: the rank of how many, and who works on what."""
-        assignments = {
-            name: [list(a.a_owners), list(a.g_owners), list(a.gradient_workers)]
-            for name, a in self.placement.assignments
+    def _signature(self) -> dict[str, Any]:
+        """Returns what must be alike to go on from a state."""
+        return {
+            "share": states.share(self.placement, self._transport.rank),
+            "solver": repr(self._solver),
+            "scaling": self._scaling,
+            "shapes": {name: list(layer.shape) for name, layer in self._layers.items()},
         }
-        transport = self._transport
-        return {"rank": transport.rank, "world_size": len(transport.world), "assignments": assignments}
-
-    def _share_differences(self, found: Mapping[str, Any]) -> list[str]:
-        own = self._share()
-        lines = [
-            f"{key}: {found[key]} in the state, {own[key]} here"
-            for key in ("rank", "world_size")
-            if found[key] != own[key]
-        ]
-        if not lines and found != own:
-            moved = [name for name in own["assignments"] if found["assignments"].get(name) != own["assignments"][name]]
-            lines = [f"placement: {', '.join(moved)} are worked on by other ranks"] if moved else []
-        return [f"{line} (kaisa.kfac.checkpoint goes from any world to any other)" for line in lines]
-
-    def _differences(self, state: Mapping[str, Any]) -> list[str]:
-        if state.get("format") != 1:
-            return [f"format: found {state.get('format')!r}, expected 1"]
-        missing = sorted(set(self.__class__._STATE_KEYS) - set(state))
-        if missing:
-            return [f"missing entries: {', '.join(missing)}"]
-        found, expected = state["shapes"], {name: list(layer.shape) for name, layer in self._layers.items()}
-        lines = [f"{name}: missing from the state" for name in expected if name not in found]
-        lines += [f"{name}: in the state, but not in the model" for name in found if name not in expected]
-        lines += [
-            f"{name}: shape {tuple(found[name])} in the state, {tuple(expected[name])} in the model"
-            for name in expected
-            if name in found and list(found[name]) != expected[name]
-        ]
-        if state["solver"] != repr(self._solver):
-            lines.append(f"solver: {state['solver']} in the state, {self._solver!r} here")
-        if state["scaling"] != self._scaling:
-            lines.append(f"factor_scaling: {state['scaling']} in the state, {self._scaling} here")
-        return lines + self._share_differences(state["share"])
-
-    _STATE_KEYS = (
-        "share", "steps", "last_factors", "last_inverses", "queue", "ready", "begun", "deferred", "solver", "scaling",
-        "shapes", "factors", "decompositions", "failures", "label_generator", "example_generator", "damping",
-    )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- its end
 
@@ -1004,41 +901,3 @@ def _held_in(layer: Layer, dtype: torch.dtype) -> torch.dtype:
 
 def _due(step: int, last: int | None, interval: Schedule) -> bool:
     return last is None or step - last >= interval.resolve_steps(step)
-
-
-def _patterns(skip: str | Sequence[str] | None) -> list[re.Pattern[str]]:
-    try:
-        return [re.compile(pattern) for pattern in ([skip] if isinstance(skip, str) else skip or ())]
-    except re.error as error:
-        raise ConfigurationError(f"skip_layers holds no regular expression: {error}") from error
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"{name} is {value!r}; give {' or '.join(map(repr, allowed))}")
-
-
-def _floating(name: str, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise ConfigurationError(f"{name} is {dtype}; give a floating-point type")
-
-
-def _local_below(value: int | str) -> int | str:
-    if value != AUTO and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ConfigurationError(f"local_below is {value!r}; give a whole number of at least 0, or 'auto'")
-    return value
-
-
-def _replan_beyond(factor: float | None, fraction: str | float) -> float | None:
-    if factor is None:
-        return None
-    if fraction != AUTO:
-        raise ConfigurationError("replan_beyond is for the planner; set grad_worker_fraction='auto'")
-    if not factor > 1:
-        raise ConfigurationError(f"replan_beyond is {factor}; give a factor above 1")
-    return float(factor)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} is {value!r}; give a whole number of at least 1")
