@@ -20,6 +20,7 @@ from kaisa.errors import ConfigurationError, StateError
 from kaisa.kfac import fisher as fishers
 from kaisa.kfac import options, shards, solvers
 from kaisa.kfac import state as states
+from kaisa.kfac.agenda import Agenda
 from kaisa.kfac.arrangement import (
     AUTO,
     PARTS,
@@ -39,6 +40,7 @@ from kaisa.kfac.coverage import Coverage, discover, unwrapped
 from kaisa.kfac.damping import LevenbergMarquardt, QuadraticModel
 from kaisa.kfac.decompositions import Decompositions, Stack
 from kaisa.kfac.deferral import Deferral
+from kaisa.kfac.example_moments import ExampleMoments
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.hardware import Hardware
@@ -55,8 +57,6 @@ from kaisa.kfac.solvers import EKFAC, Solver
 from kaisa.kfac.transport import Transport, groups_of
 from kaisa.kfac.trust_region import KLClip, TrustRegion
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Scalar, Schedule
-
-_LARGEST_CHUNK = 64 * 2**20  # bytes of single examples' gradients that are formed at once
 
 Solved = tuple[list[list[str]], list[Tensor], list[Tensor]]
 """The names of the layers of each stack, their raw gradients, and the preconditioned ones."""
@@ -277,13 +277,15 @@ class KFACPreconditioner:
         )
         collectives.prepare(groups_of(self.placement))
         self._model = plain
-        self._steps = 0
-        self._last_factors: int | None = None
-        self._last_inverses: int | None = None
-        self._queue: list[str] = []
+        self._agenda = Agenda(
+            self._factor_interval,
+            self._inverse_interval,
+            sorted(self._layers, key=self._cost, reverse=True),
+            spread=spread_inverses,
+        )
         self._start: QuadraticModel | None = None
         self._clock = Clock()
-        self._example_moments: dict[str, Tensor] = {}
+        self._example_moments = ExampleMoments(self._decompositions)
         self._label_generator = torch.Generator().manual_seed(seed + collectives.rank)
         per_example = self._is_per_example
         if per_example and self.placement.workers < collectives.world_size:
@@ -302,12 +304,12 @@ class KFACPreconditioner:
             dtype=factor_dtype,
             seed=seed + collectives.rank,
             clock=self._clock,
-            examples_observer=self._observe_examples if per_example else None,
+            examples_observer=self._example_moments.observe if per_example else None,
             layer_observer=None if self._transport.is_alone else self._note_call,
         )
         if self._fisher.kind != "empirical":
             self._capture.expect_sampled()
-        self._capture.active = self._factors_are_due()
+        self._capture.active = self._agenda.factors_are_due
 
     # ------------------------------------------------------------------------------------------------ the step
 
@@ -322,28 +324,28 @@ class KFACPreconditioner:
             ConfigurationError: a sampled Fisher was never sampled for.
         """
         self._loss_scale.check_unscaled()
-        if self._factors_are_due():
+        if self._agenda.factors_are_due:
             with self._clock("factors"):
                 self._update_factors()
-        elif self._is_deferred and self._inverses_are_due():
+        elif self._is_deferred and self._agenda.inverses_are_due:
             self.reduce_statistics()
         self._update_inverses()
         with self._clock("precondition"):
             self._precondition()
-        self._steps += 1
+        self._agenda.step += 1
         self._loss_scale.forget()
         self._capture.batch_size = None
-        self._capture.active = self._factors_are_due()
+        self._capture.active = self._agenda.factors_are_due
 
     @property
     def steps(self) -> int:
         """How many steps have been taken."""
-        return self._steps
+        return self._agenda.step
 
     @property
     def damping(self) -> float:
         """λ at the coming step."""
-        return self._damping.resolve(self._steps)
+        return self._damping.resolve(self.steps)
 
     @property
     def collectives(self) -> Collectives:
@@ -354,12 +356,6 @@ class KFACPreconditioner:
     def device(self) -> torch.device:
         """Where decompositions are held, and what travels is."""
         return self._transport.like.device
-
-    def _factors_are_due(self) -> bool:
-        return _due(self._steps, self._last_factors, self._factor_interval)
-
-    def _inverses_are_due(self) -> bool:
-        return _due(self._steps, self._last_inverses, self._inverse_interval)
 
     def _statistics_may_wait(self) -> bool:
         """Says whether nothing needs statistics on every factor step.
@@ -407,7 +403,7 @@ class KFACPreconditioner:
 
     def _waits(self) -> bool:
         """Says whether this factor step's sums wait: no decomposition is due, and none is wanting."""
-        return self._defers and not self._queue and not self._inverses_are_due()
+        return self._defers and not self._agenda.queue and not self._agenda.inverses_are_due
 
     def _note_call(self, name: str) -> None:
         """Sends statistics as soon as every layer of a bucket was called as often as in the last factor step."""
@@ -418,7 +414,7 @@ class KFACPreconditioner:
 
     def _take_some(self, names: Sequence[str]) -> dict[str, Statistics]:
         local = self._capture.take_some(names)
-        return self._deferral.take(local, self._decay.resolve(self._steps), names) if self._defers else local
+        return self._deferral.take(local, self._decay.resolve(self.steps), names) if self._defers else local
 
     def _update_factors(self) -> None:
         local = self._capture.take()
@@ -428,11 +424,11 @@ class KFACPreconditioner:
             self._explain_silence()
             return
         if self._waits():
-            self._deferral.add(local, self._decay.resolve(self._steps))
+            self._deferral.add(local, self._decay.resolve(self.steps))
             self._is_deferred = True
         else:
             self._reduce(local, is_silent)
-        self._last_factors = self._steps
+        self._agenda.last_factors = self.steps
 
     def reduce_statistics(self) -> None:
         """Brings the factors up to date on the ranks that own them, where statistics wait; all ranks call it.
@@ -446,7 +442,7 @@ class KFACPreconditioner:
 
     def _reduce(self, local: dict[str, Statistics], is_silent: bool) -> None:
         """Takes this step's sums of all ranks, and those that have waited, into the running average."""
-        decay = self._decay.resolve(self._steps)
+        decay = self._decay.resolve(self.steps)
         if self._defers:
             local = self._deferral.take(local, decay, self._layers)
         self._is_deferred = False
@@ -464,7 +460,7 @@ class KFACPreconditioner:
     def _explain_silence(self) -> None:
         """Raises when backward passes reach the layers but never the hooks; a batch without any is no fault."""
         reached = sum(layer.has_gradient() for layer in self._layers.values())
-        if self._last_factors is not None or not reached:
+        if self._agenda.last_factors is not None or not reached:
             return
         if self._fisher.kind != "empirical":
             raise ConfigurationError(
@@ -480,18 +476,12 @@ class KFACPreconditioner:
         return factor if self._factor_dtype is None else factor.to(self._factor_dtype)
 
     def _update_inverses(self) -> None:
-        if self._last_factors is not None and self._inverses_are_due():
+        if self._agenda.last_factors is not None and self._agenda.inverses_are_due:
             self._look_back()
-            self._queue = sorted(self._layers, key=self._cost, reverse=True)
-            self._last_inverses = self._steps
-        if self._queue:
-            waiting = [name for name in self._queue if name in self._ready]
-            count = self._share_of(waiting) if self._spread else len(waiting)
-            unseen = [name for name in self._queue if name not in self._ready]
+        self._agenda.line_up()
+        if self._agenda.queue:
             with self._clock("inverses"):
-                made = self._refresh([*unseen, *waiting[:count]])
-            # A layer without a finite gradient so far has no factor to decompose; it is asked again next time.
-            self._queue = [name for name in unseen if name not in made] + waiting[count:]
+                self._agenda.work_off(self._ready, self._refresh)
 
     def _refresh(self, names: list[str]) -> list[str]:
         """Decomposes what this rank owns of some layers, and takes its column's; returns those that have one now."""
@@ -518,12 +508,6 @@ class KFACPreconditioner:
     def _cost(self, name: str) -> tuple[float, str]:
         shape = self._transport.shapes[name]
         return shape.a.work + shape.g.work, name
-
-    def _share_of(self, waiting: list[str]) -> int:
-        """Spreads what waits evenly over the steps that are left until the next refresh."""
-        assert self._last_inverses is not None
-        left = self._inverse_interval.resolve_steps(self._steps) - (self._steps - self._last_inverses)
-        return -(-len(waiting) // max(1, left))
 
     def _precondition(self) -> None:
         stacks, raw, solved = self._solve_alone() if self._transport.is_alone else self._solve_together()
@@ -583,10 +567,10 @@ class KFACPreconditioner:
         if self._trust_region is None or not stacks:
             return solved
         rates = [
-            self._rates.of([self._layers[name].weight for name in names], self._steps, gradient)
+            self._rates.of([self._layers[name].weight for name in names], self.steps, gradient)
             for names, gradient in zip(stacks, solved, strict=True)
         ]
-        scales = self._trust_region.scales(raw, solved, rates, self._steps)
+        scales = self._trust_region.scales(raw, solved, rates, self.steps)
         return [gradient * scale for gradient, scale in zip(solved, scales, strict=True)]
 
     # ------------------------------------------------------------------------------- the Fisher of the prediction
@@ -632,7 +616,12 @@ class KFACPreconditioner:
     def _look_back(self) -> None:
         """Chooses the placement anew when the machine is not what it was taken for; all ranks decide alike."""
         prediction = self._arrangement.prediction
-        if self._replan_beyond is None or prediction is None or self._last_inverses is None or self._queue:
+        if (
+            self._replan_beyond is None
+            or prediction is None
+            or self._agenda.last_inverses is None
+            or self._agenda.queue
+        ):
             return
         seconds = self._clock.means()
         solving = max(0.0, seconds["precondition"] - seconds.get("spread", 0.0))
@@ -646,12 +635,12 @@ class KFACPreconditioner:
             if chosen.placement != was or chosen.is_deferred != self._defers:
                 self._move_to(chosen)
                 self._moves.append(
-                    f"step {self._steps}: took {told} times the prediction; fraction {was.fraction:g} ─► "
+                    f"step {self.steps}: took {told} times the prediction; fraction {was.fraction:g} ─► "
                     f"{self.placement.fraction:g}"
                 )
             else:
                 self._arrangement = chosen
-                self._moves.append(f"step {self._steps}: took {told} times the prediction; the placement stays")
+                self._moves.append(f"step {self.steps}: took {told} times the prediction; the placement stays")
 
     def _move_to(self, arrangement: Arrangement) -> None:
         """Goes on with another placement: factors and decompositions go to those who will work with them."""
@@ -697,7 +686,7 @@ class KFACPreconditioner:
 
     def _damping_is_due(self) -> bool:
         rule = self._damping.value
-        return isinstance(rule, LevenbergMarquardt) and self._steps % rule.interval == 0
+        return isinstance(rule, LevenbergMarquardt) and self.steps % rule.interval == 0
 
     def _remember(self, stacks: list[list[str]], raw: list[Tensor]) -> None:
         """Keeps what ``adapt_damping`` needs: where the step starts from and the raw gradients."""
@@ -710,26 +699,11 @@ class KFACPreconditioner:
     # ---------------------------------------------------------------------------------------------- what it is told
 
     def _terms(self) -> float | None:
-        return None if self._loss_terms is None else self._loss_terms.resolve(self._steps)
-
-    def _observe_examples(self, layer: Layer, x: Tensor, delta: Tensor) -> None:
-        """Adds up the squares of single examples' gradients in the eigenbasis (per-example EKFAC)."""
-        if layer.name not in self._decompositions:
-            return
-        stack, index = self._decompositions.slot(layer.name)
-        a, g = stack.sides(index)
-        size = max(1, _LARGEST_CHUNK // (8 * layer.weight.numel()))
-        for first in range(0, x.shape[0], size):
-            gradients = layer.example_gradients(x[first : first + size], delta[first : first + size])
-            if gradients is None:
-                return
-            squares = solvers.rotate(gradients.to(a[0].dtype), a, g).square().sum(0)
-            total = self._example_moments.get(layer.name)
-            self._example_moments[layer.name] = squares if total is None else total + squares
+        return None if self._loss_terms is None else self._loss_terms.resolve(self.steps)
 
     def _take_example_moments(self, counts: Mapping[str, Counts]) -> None:
         """Hands what this step showed of the spectrum to the solvers that correct eigenvalues."""
-        squares, self._example_moments = self._transport.total_moments(self._example_moments, self._ready), {}
+        squares = self._transport.total_moments(self._example_moments.take(), self._ready)
         if counts:
             self._terms_seen = _most(count.examples / count.steps for count in counts.values())
         for stack in self._decompositions.stacks:
@@ -782,10 +756,10 @@ class KFACPreconditioner:
         return {
             "format": states.FORMAT,
             **self._signature(),
-            "steps": self._steps,
-            "last_factors": self._last_factors,
-            "last_inverses": self._last_inverses,
-            "queue": list(self._queue),
+            "steps": self.steps,
+            "last_factors": self._agenda.last_factors,
+            "last_inverses": self._agenda.last_inverses,
+            "queue": list(self._agenda.queue),
             "ready": sorted(self._ready),
             "begun": self._transport.begun(self._layers, self.factors),
             "deferred": {"is_waiting": self._is_deferred, "sums": self._deferral.state()},
@@ -806,9 +780,9 @@ class KFACPreconditioner:
         """
         self.check_state_dict(state)
         devices = {name: layer.weight.device for name, layer in self._layers.items()}
-        self._steps = state["steps"]
-        self._last_factors, self._last_inverses = state["last_factors"], state["last_inverses"]
-        self._queue = list(state["queue"])
+        self._agenda.step = state["steps"]
+        self._agenda.last_factors, self._agenda.last_inverses = state["last_factors"], state["last_inverses"]
+        self._agenda.queue = list(state["queue"])
         self.factors.restore(state["factors"], devices)
         self._decompositions.restore(state["decompositions"], devices)
         self._ready = set(state["ready"])
@@ -821,7 +795,7 @@ class KFACPreconditioner:
         if isinstance(self._damping.value, LevenbergMarquardt) and state["damping"] is not None:
             self._damping.value.value = state["damping"]
         self._capture.take()
-        self._capture.active = self._factors_are_due()
+        self._capture.active = self._agenda.factors_are_due
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Refuses a state that ``load_state_dict`` would refuse.
@@ -897,7 +871,3 @@ def _digest(model: nn.Module) -> str:
 
 def _held_in(layer: Layer, dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else dtype
-
-
-def _due(step: int, last: int | None, interval: Schedule) -> bool:
-    return last is None or step - last >= interval.resolve_steps(step)
