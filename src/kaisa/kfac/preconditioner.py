@@ -186,7 +186,6 @@ class KFACPreconditioner:
         self._spread = spread_inverses
         self._patience = patience
         self._factor_dtype = factor_dtype
-        self._accumulation_steps = accumulation_steps
         self._loss_scale = LossScale(grad_scaler, accumulation_steps if loss_reduction == "mean" else 1, optimizer)
         self._scaling = factor_scaling
         plain = unwrapped(model)
