@@ -55,12 +55,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of runs that were stopped in one world and placement and went on in others."""
     folder = tmp_path_factory.mktemp("runs")
     mem, comm = {"grad_worker_fraction": "mem"}, {"grad_worker_fraction": "comm"}
+    waiting = {**comm, "is_tied": False, "inv_update_steps": 4}  # stopped with two steps of statistics waiting
     Training().run(STOP).save(folder / "of_one")
     two = [
         {"name": "whole", "until": END, "options": mem},
         {"name": "stopped", "until": STOP, "options": mem, "save": str(folder / "of_two")},
         {"name": "same", "until": END, "options": mem, "load": str(folder / "of_two")},
         {"name": "fraction", "until": END, "options": comm, "load": str(folder / "of_two")},
+        {"name": "wait_whole", "until": END, "options": waiting},
+        {"name": "wait_stopped", "until": STOP, "options": waiting, "save": str(folder / "of_waiting")},
+        {"name": "wait_same", "until": END, "options": waiting, "load": str(folder / "of_waiting")},
+        {"name": "wait_mem", "until": END, "options": {**waiting, **mem}, "load": str(folder / "of_waiting")},
         {"name": "from_one", "until": END, "options": mem, "load": str(folder / "of_one")},
         {"name": "ekfac", "until": STOP, "options": {**mem, "solver": "ekfac"}, "save": str(folder / "ekfac_of_two")},
     ]
@@ -103,6 +108,18 @@ def test_another_world_or_fraction_has_the_same_factors_to_the_bit(runs: Path, n
 def test_another_world_or_fraction_ends_with_the_same_parameters_but_for_rounding(runs: Path, name: str) -> None:
     expected = result(runs, "whole", 0)["parameters"]
     assert distance(result(runs, name, 0)["parameters"], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["wait_same", "wait_mem"])
+def test_statistics_that_wait_are_in_the_checkpoint(runs: Path, name: str) -> None:
+    expected = result(runs, "wait_whole", 0)["parameters"]
+    assert distance(result(runs, name, 0)["parameters"], expected) < TOLERANCE
+    alone = Training(is_tied=False, inv_update_steps=4).run(END)
+    assert distance(alone.parameters(), expected) < TOLERANCE
+    found = all_factors(runs, "wait_same", 2)
+    before = Training(is_tied=False, inv_update_steps=4).run(STOP).factors()
+    assert found.keys() == before.keys()
+    assert all(torch.allclose(found[key], before[key], rtol=1e-10, atol=1e-12) for key in before)
 
 
 def test_one_process_goes_on_from_two_ranks(runs: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kaisa.kfac.payload import Payload
 from tests.support import gloo, world
 from tests.support.gloo import Case
-from tests.support.training import Run, batch, distance, share
+from tests.support.training import Run, batch, distance, network, share
 
 CLIP = 1e-3
 SOLVERS = ("eigen", "cholesky", "ekfac", "sqrt_ekfac", "warm_eigen")
@@ -42,6 +42,8 @@ def _cases(size: int) -> dict[str, Case]:
         cases[f"unused {workers}"] = Case(options, wrapper={"find_unused_parameters": True}, users=(1,))
         rounded = {**options, "payload": Payload(statistics=torch.bfloat16, gradients=torch.bfloat16)}
         cases[f"rounded {workers}"] = Case(rounded)
+        waiting = {**options, "payload": Payload(deferred=True, bucket_bytes=1), "inv_update_steps": 3}
+        cases[f"waiting {workers}"] = Case(waiting, micro_batches=2, wrapper={}, is_tied=False)
         cases[f"placed {workers}"] = Case({**options, "colocate_factors": True, "local_below": 7})
         cases[f"unequal {workers}"] = Case(options, sizes=(31, 17) if size == 2 else (9, 20, 3, 16), wrapper={})
     return cases
@@ -59,7 +61,7 @@ def _of_one_process(size: int, name: str) -> dict[str, Tensor]:
         return Run(
             {**options, "accumulation_steps": size}, lambda step: share(step, 0, 1, size), lambda part: part in users
         )()
-    return Run(options, lambda step: [batch(step)])()
+    return Run(options, lambda step: [batch(step)], model=lambda: network(is_tied=case.is_tied))()
 
 
 @pytest.mark.parametrize("size", WORLDS)

@@ -27,9 +27,9 @@ from tests.support.training import EXAMPLES, OPTIONS, Batch, batch, network
 class Training:
     """A model, an optimizer with momentum and K-FAC, on this rank's share of every batch."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, is_tied: bool = True, **options: Any) -> None:
         self.rank, self.world_size = collectives.world()
-        self.model: nn.Module = network()
+        self.model: nn.Module = network(is_tied=is_tied)
         if self.world_size > 1:
             self.model = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)

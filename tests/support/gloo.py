@@ -29,6 +29,7 @@ class Case:
         micro_batches: passes of a step.
         wrapper: options of ``DistributedDataParallel``; None for gradients averaged by hand.
         users: the ranks that use the optional layer; None for all.
+        is_tied: whether the network has a tied weight, with which statistics do not wait by default.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Case:
     micro_batches: int = 1
     wrapper: dict[str, Any] | None = None
     users: tuple[int, ...] | None = None
+    is_tied: bool = True
 
     def parts(self, step: int, rank: int, world_size: int) -> Sequence[Batch]:
         if self.sizes is None:
@@ -47,12 +49,13 @@ class Case:
             {**self.options, "accumulation_steps": self.micro_batches},
             lambda step: self.parts(step, rank, world_size),
             with_optional=lambda part: self.users is None or rank in self.users,
+            model=lambda: network(is_tied=self.is_tied),
         )
         if self.wrapper is None:
             run.average = _mean
             parameters = run()
         else:
-            model = DistributedDataParallel(network(), **self.wrapper)
+            model = DistributedDataParallel(network(is_tied=self.is_tied), **self.wrapper)
 
             def context(is_last: bool) -> AbstractContextManager[Any]:
                 return nullcontext() if is_last else model.no_sync()
