@@ -17,6 +17,7 @@ from kaisa.kfac.account import DECOMPOSITIONS, GRADIENTS, STATISTICS, STATUS, Ac
 from kaisa.kfac.footprint import bytes_sent, calls, received_bytes
 from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.placement import FactorShape, LayerShape
+from kaisa.kfac.routes import Routes
 from kaisa.kfac.shares import busiest_node, by_owner, fewest_companions
 from kaisa.kfac.workload import SOLVERS, LayerWork, Settings, Workload, statistics_operations
 
@@ -34,6 +35,7 @@ class Phases:
         hardware: the machine.
         settings: how K-FAC was told to work.
         account: what the placement sends and holds.
+        routes: what goes where.
         is_deferred: whether statistics wait until decompositions are due.
     """
 
@@ -41,6 +43,7 @@ class Phases:
     hardware: Hardware
     settings: Settings
     account: Account
+    routes: Routes
     is_deferred: bool
 
     @cached_property
@@ -132,8 +135,9 @@ class Phases:
     def _average(self) -> float:
         """Packing what is sent, adding up what comes, and the running average of the owner, on the busiest rank."""
         placement, bytes_each = self.account.placement, self.settings.factor_bytes
-        own = max(by_owner(placement, self.workload.shapes, lambda factor: bytes_each * factor.elements))
-        added = own * (_AVERAGING + (self._world / 2 if self._world > 1 else 0))
+        own = by_owner(placement, self.workload.shapes, lambda factor: bytes_each * factor.elements)
+        came = self._received[STATISTICS]
+        added = max(_AVERAGING * mine + received for mine, received in zip(own, came, strict=True))
         packed = _PACKING * self._sums if self._world > 1 else 0
         return self._moved(added + packed) + self._overhead("factors", len(self.workload.layers))
 
@@ -185,7 +189,7 @@ class Phases:
 
     @cached_property
     def _received(self) -> Mapping[str, Sequence[float]]:
-        return received_bytes(self.account)
+        return received_bytes(self.routes, self.settings.sizes, SOLVERS[self.settings.solver].held)
 
     def _exchange(self, kind: str, group: Sequence[int]) -> float:
         """An exchange of one group while all others have theirs; nodes take the share of a rank far from the others."""

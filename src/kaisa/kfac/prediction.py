@@ -8,7 +8,7 @@ from kaisa.kfac.footprint import footprint
 from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.phases import Phases
 from kaisa.kfac.placement import LayerShape, LocalRule, Placement, place
-from kaisa.kfac.routes import is_worth_deferring
+from kaisa.kfac.routes import Routes, is_worth_deferring
 from kaisa.kfac.shares import by_column, by_owner
 from kaisa.kfac.workload import SOLVERS, Settings, Workload, statistics_operations
 
@@ -89,9 +89,10 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
         damps_factors=solver.damps_factors,
         deferred=waits,
     )
-    phases = Phases(workload, hardware, settings, sent, waits)
-    plain, factor, inverse, average = phases.steps()
     shapes = workload.shapes
+    routes = Routes(placement, shapes, settings.bucket_bytes)
+    phases = Phases(workload, hardware, settings, sent, routes, waits)
+    plain, factor, inverse, average = phases.steps()
     operations = {
         "statistics": settings.accumulation_steps * sum(map(statistics_operations, workload.layers)),
         "decompose": max(by_owner(placement, shapes, lambda factor: solver.operations * factor.work)),
@@ -104,7 +105,7 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
         settings=settings,
         is_deferred=waits,
         account=sent,
-        memory=footprint(sent, shapes, settings, solver),
+        memory=footprint(sent, routes, settings, solver),
         operations=operations,
         seconds=phases.seconds,
         parts=phases.parts,

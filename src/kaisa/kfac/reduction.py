@@ -19,9 +19,7 @@ from kaisa.kfac import linalg
 from kaisa.kfac.collectives import Collectives, Wait
 from kaisa.kfac.factors import Statistics
 from kaisa.kfac.payload import Payload, decode, encode, encoded_length
-from kaisa.kfac.routes import HEADER, NOTE, A, G, Key, Piece, Routes, header_bytes, keys_of
-
-_IN_FLIGHT = 4  # buckets on their way at one time, so that messages do not fill the memory
+from kaisa.kfac.routes import HEADER, IN_FLIGHT, NOTE, A, G, Key, Piece, Routes, header_bytes, keys_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Reduction:
     # ------------------------------------------------------------------------------------------------------- sending
 
     def _send(self, bucket: tuple[str, ...], local: Mapping[str, Statistics]) -> None:
-        self._receive(all_but=_IN_FLIGHT - 1)
+        self._receive(all_but=IN_FLIGHT - 1)
         self._sent += 1
         local = self._with_late(bucket, local)
         seed = self._messages * len(self.world) ** 2 + self.rank  # rounds every message at random in another way

@@ -23,6 +23,7 @@ from kaisa.kfac.placement import FactorShape, LayerShape, Placement
 
 A, G = 0, 1
 HEADER = 3  # numbers of 8 bytes that go with the statistics of each layer: positions, examples, share
+IN_FLIGHT = 4  # buckets of statistics on their way at one time, so that messages do not fill the memory
 _WORTH_SLICING = 2**20  # bytes that the busiest rank must be spared
 NOTE = 1  # and one with each bucket: a layer that could not be decomposed
 INT8 = "int8"
