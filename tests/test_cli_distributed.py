@@ -116,6 +116,11 @@ BAD = {
     "a fraction above one": (["--grad-worker-fraction", "2"], "grad_worker_fraction is 2.0; give a number from 0 to 1"),
     "a fraction that is nothing": (["--grad-worker-fraction", "nan"], "grad_worker_fraction is nan; give a number"),
     "an unknown fraction": (["--grad-worker-fraction", "most"], "grad-worker-fraction is 'most'; give comm, hybrid, m"),
+    "memory that nobody plans": (["--memory-budget", "1GiB"], "memory_budget is for the planner"),
+    "memory that is no amount": (
+        ["--grad-worker-fraction", "auto", "--memory-budget", "some"],
+        "'some' is no amount of memory",
+    ),
     "an output in use": (["--nproc", "2", "--output", "full"], "output full is not empty"),
 }
 

@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 
 from kaisa.errors import CollectiveError, ConfigurationError, KaisaError
+from kaisa.kfac.arrangement import AUTO
 from kaisa.kfac.collectives import (
     Alone,
     Collectives,
@@ -181,8 +182,12 @@ def train(
     grad_worker_fraction: Annotated[
         str | None,
         _option(
-            "Share of processes that hold a layer's decompositions: comm, hybrid, mem or a number [comm]", panel=KFAC
+            "Share of processes that hold a layer's decompositions: comm, hybrid, mem, a number or auto (comm)",
+            panel=KFAC,
         ),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, _option("Memory of a process that K-FAC may take with auto, such as 2GiB", panel=KFAC)
     ] = None,
 ) -> int:
     """Train with a first-order optimizer and with the same optimizer behind K-FAC.
@@ -201,13 +206,13 @@ def train(
 
 
 def _fraction(text: str) -> str | float:
-    if text in (COMM_OPT, HYBRID_OPT, MEM_OPT):
+    if text in (COMM_OPT, HYBRID_OPT, MEM_OPT, AUTO):
         return text
     try:
         return float(text)
     except ValueError:
         raise ConfigurationError(
-            f"grad-worker-fraction is {text!r}; give comm, hybrid, mem or a number from 0 to 1"
+            f"grad-worker-fraction is {text!r}; give comm, hybrid, mem, auto or a number from 0 to 1"
         ) from None
 
 

@@ -11,7 +11,9 @@ from torch import nn
 import kaisa
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.collectives import Collectives
+from kaisa.kfac.options import for_the_planner
 from kaisa.kfac.placement import COMM_OPT
+from kaisa.kfac.planner import parse_bytes
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Schedule
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -23,7 +25,7 @@ WARM_UP = 0.05  # the share of the steps over which the learning rate rises
 class Preconditioning:
     """The options of K-FAC that the recipes offer; see `kaisa.KFACPreconditioner`.
 
-    A `kl_clip` of 0 is none.
+    A `kl_clip` of 0 is none; a `memory_budget` is for a `grad_worker_fraction` of "auto".
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -36,8 +38,12 @@ class Preconditioning:
     kl_clip: float = 0.001
     solver: str = "eigen"
     grad_worker_fraction: str | float = COMM_OPT
+    memory_budget: str | None = None
 
     def __post_init__(self) -> None:
+        for_the_planner(self.grad_worker_fraction, memory_budget=self.memory_budget)
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
         Schedule("damping", self.damping, POSITIVE)
         Schedule("factor-update-steps", self.factor_update_steps, STEPS)
         Schedule("inv-update-steps", self.inv_update_steps, STEPS)
@@ -114,6 +120,7 @@ class Contestant:
             solver=options.solver,
             seed=seed,
             grad_worker_fraction=options.grad_worker_fraction,
+            memory_budget=options.memory_budget,
             collectives=ranks,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kaisa.errors import ConfigurationError
+from kaisa.kfac.arrangement import AUTO
 from kaisa.kfac.placement import gradient_workers
 from kaisa.recipes.contestants import Contestant, Preconditioning
 from kaisa.recipes.models import check_model
@@ -105,7 +106,8 @@ class Options:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("device is cuda, but PyTorch finds none; give --device cpu")
         self._check_sharing()
-        gradient_workers(self.preconditioning.grad_worker_fraction, self.nproc)
+        if self.preconditioning.grad_worker_fraction != AUTO:
+            gradient_workers(self.preconditioning.grad_worker_fraction, self.nproc)
         self.build_contestants()
 
     def _check_sharing(self) -> None:
