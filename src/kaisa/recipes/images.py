@@ -96,7 +96,7 @@ def list_classes(names: Sequence[str], path: Path) -> dict[str, list[str]]:
     Raises:
         DataError: there are fewer than two classes, or one without images.
     """
-    visible = [name for name in names if not _is_hidden(name)]
+    visible = [name for name in names if not is_hidden(name)]
     depth = _depth_of_classes(visible)
     classes: dict[str, list[str]] = {}
     for name in sorted(visible):
@@ -104,23 +104,25 @@ def list_classes(names: Sequence[str], path: Path) -> dict[str, list[str]]:
         if len(parts) <= depth + (not name.endswith("/")):
             continue
         members = classes.setdefault(parts[depth], [])
-        if _is_image(name):
+        if is_image(name):
             members.append(name)
     _check_classes(classes, path)
     return classes
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file is one that systems leave behind."""
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a name in an archive or a folder is that of an image."""
     return not name.endswith("/") and PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def _depth_of_classes(names: Sequence[str]) -> int:
     """Return how many folders lie around all classes."""
-    folders = [PurePosixPath(name).parent.parts for name in names if _is_image(name)]
+    folders = [PurePosixPath(name).parent.parts for name in names if is_image(name)]
     if not folders:
         return 0
     shared = takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))
@@ -155,16 +157,20 @@ def read_images(path: Path, side: int | None = None, progress: Progress | None =
         members = [(name, label) for label, names in enumerate(classes.values()) for name in names]
         decoded: list[NDArray[np.uint8]] = []
         for name, _ in members:
-            decoded.append(_decode(tree.read(name), f"{path}/{name}", side))
+            decoded.append(decode_image(tree.read(name), f"{path}/{name}", side))
             _check_size(decoded[-1], decoded[0], f"{path}/{name}")
             if progress is not None:
                 progress(len(decoded), len(members))
     labels = torch.tensor([label for _, label in members])
-    return Images(_stack(decoded), labels, tuple(classes))
+    return Images(stack_images(decoded), labels, tuple(classes))
 
 
-def _decode(data: bytes, name: str, side: int | None) -> NDArray[np.uint8]:
-    """Return the pixels, of shape (height, width, 1 or 3)."""
+def decode_image(data: bytes, name: str, side: int | None = None) -> NDArray[np.uint8]:
+    """Return the pixels of a file, of shape (height, width, 1 or 3).
+
+    Raises:
+        DataError: it is no image, or a damaged one.
+    """
     pillow = load_extra("PIL.Image", "reading images")
     try:
         with pillow.open(io.BytesIO(data)) as image:
@@ -183,7 +189,8 @@ def _check_size(pixels: NDArray[np.uint8], first: NDArray[np.uint8], name: str) 
         raise DataError(f"{name} is {found} pixels, the first image {expected}; give --image-size to resize")
 
 
-def _stack(decoded: Sequence[NDArray[np.uint8]]) -> Tensor:
+def stack_images(decoded: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Return equally large images as one tensor (images, channels, height, width), in colour if any of them is."""
     channels = max(pixels.shape[2] for pixels in decoded)
     shape = (*decoded[0].shape[:2], channels)
     stacked = np.stack([np.broadcast_to(pixels, shape) for pixels in decoded])
