@@ -1,4 +1,4 @@
-"""A small folder of images, and the same as a zip file."""
+"""Small folders of images, and the same as zip files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ def write_images(folder: Path, classes: dict[str, int] = CLASSES, side: int = 8)
         for index in range(count):
             pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index:04}.png")
+    return folder
+
+
+def write_discs(folder: Path, count: int = 5) -> Path:
+    """Write grey images of noise with a bright disc, and masks of the discs."""
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[:32, :48]
+    for name in ("image", "label"):
+        (folder / name).mkdir(parents=True)
+    for index in range(count):
+        centre, radius = generator.uniform((8, 8), (24, 40)), generator.uniform(5, 9)
+        disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+        noise = generator.integers(0, 120, (32, 48))
+        Image.fromarray((noise + 130 * disc).astype(np.uint8)).save(folder / "image" / f"{index:02}.png")
+        Image.fromarray((255 * disc).astype(np.uint8)).save(folder / "label" / f"{index:02}.png")
     return folder
 
 

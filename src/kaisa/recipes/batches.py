@@ -1,9 +1,4 @@
-"""In which order images come and how they are varied: a pure function of seed and epoch.
-
-Two contestants with one seed see the same batches bit for bit, and a resumed run sees what the
-uninterrupted one would have seen, without a generator state to keep. Of several ranks each takes its part of every
-batch, so that together they see what one process sees.
-"""
+"""How images come in batches and how they are varied: a pure function of seed and epoch, as `kaisa.recipes.order` says."""
 
 from __future__ import annotations
 
@@ -15,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kaisa.recipes.images import Images
+from kaisa.recipes.masks import MaskedImages
+from kaisa.recipes.order import epoch_generator, part_of, whole_batches
 
 CPU = torch.device("cpu")
 BORDER = 4  # pixels that a crop may be shifted by, as He et al. 2016 do on CIFAR-10
@@ -33,7 +30,7 @@ class Normalizer:
     deviation: Tensor
 
     @classmethod
-    def fit(cls, images: Images) -> Normalizer:
+    def fit(cls, images: Images | MaskedImages) -> Normalizer:
         """Measure the training images."""
         channels = images.pixels.unbind(1)
         counts = torch.stack([c.flatten().bincount(minlength=256) for c in channels]).double()
@@ -77,9 +74,8 @@ class Batches:
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and labels of one epoch, counted from 0."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.images), generator=generator)
-        for rows in order[: len(self) * self.size].split(self.size):
+        generator = epoch_generator(self.seed, number)
+        for rows in whole_batches(len(self.images), self.size, generator):
             pixels = self.images.pixels[rows]
             if self.augment:
                 pixels = mirror(shift(pixels, generator), generator)
@@ -87,9 +83,7 @@ class Batches:
             yield inputs, self.images.labels[self._part(rows)].to(self.device)
 
     def _part(self, batch: Tensor) -> Tensor:
-        """Return this rank's part; order and augmentation were drawn for the whole, so that no rank count shows."""
-        size = self.size // self.ranks
-        return batch[self.rank * size : (self.rank + 1) * size]
+        return part_of(batch, self.rank, self.ranks)
 
 
 def shift(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,166 @@
+"""What is learned, apart from how: a loss, and the scores by which it is judged.
+
+outputs, targets ─► loss     the mean over the terms of a batch: images, pixels or tokens
+                 └► score    a ratio of two sums, so that parts of the data add up to the whole
+
+                   loss                          terms      scores (the first is raced for)
+CLASSIFICATION     cross-entropy of classes      images     accuracy
+SEGMENTATION       cross-entropy of two classes  pixels     Dice, Dice of the background, pixel error
+NEXT_TOKEN         cross-entropy of tokens       tokens     bits per token
+MASKED_TOKEN       cross-entropy of tokens       hidden     loss in nats (MLM loss), accuracy
+
+Terms that are not to be predicted have the target `IGNORED`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100
+"""The target of what is not to be predicted: the usual value of `torch.nn.functional.cross_entropy`."""
+
+Example = tuple[Tensor, Tensor]
+"""Inputs and targets of a batch."""
+
+
+class Batches(Protocol):
+    """What is learned from, in batches; see `kaisa.recipes.order`."""
+
+    @property
+    def seed(self) -> int:
+        """Decides order and augmentation."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are used."""
+
+    @property
+    def terms(self) -> int | None:
+        """The terms of the loss in one batch of this rank; None for one for each example."""
+
+    def __len__(self) -> int:
+        """Return how many batches an epoch has."""
+
+    def epoch(self, number: int) -> Iterator[Example]:
+        """Yield inputs and targets of one epoch, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure of merit over any number of batches.
+
+    Attributes:
+        name: in words.
+        count: returns two sums over a batch, whose ratio is the score.
+        form: how it is written, for `str.format`.
+        is_cost: whether less is better.
+    """
+
+    name: str
+    count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    form: str = "{:.1%}"
+    is_cost: bool = False
+
+    def reaches(self, value: float, target: float) -> bool:
+        """Whether a value is as good as a target."""
+        return value <= target if self.is_cost else value >= target
+
+    def best(self, *values: float) -> float:
+        """Return the best of some values."""
+        return min(values) if self.is_cost else max(values)
+
+    def worst(self, *values: float) -> float:
+        """Return the worst of some values."""
+        return max(values) if self.is_cost else min(values)
+
+    def write(self, value: float) -> str:
+        """Return a value as it is read."""
+        return self.form.format(value).replace("%", " %")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is to learn.
+
+    Attributes:
+        loss: the mean over the terms of a batch.
+        terms: counts the terms among targets.
+        scores: what it is judged by; the first is raced for.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    terms: Callable[[Tensor], Tensor]
+    scores: tuple[Score, ...]
+
+    @property
+    def score(self) -> Score:
+        """The score that is raced for."""
+        return self.scores[0]
+
+
+def _every(targets: Tensor) -> Tensor:
+    return torch.tensor(targets.numel(), device=targets.device)
+
+
+def _correct(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return (outputs.argmax(1) == labels).sum(), _every(labels)
+
+
+def _binary_loss(outputs: Tensor, masks: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(outputs, masks)
+
+
+def _dice(outputs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    found, expected = outputs > 0, masks > 0.5
+    return 2 * (found & expected).sum(), found.sum() + expected.sum()
+
+
+def _background_dice(outputs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    return _dice(-outputs, 1 - masks)
+
+
+def _wrong_pixels(outputs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    return ((outputs > 0) != (masks > 0.5)).sum(), _every(masks)
+
+
+def _token_loss(scores: Tensor, tokens: Tensor) -> Tensor:
+    return functional.cross_entropy(scores.flatten(0, -2), tokens.flatten(), ignore_index=IGNORED)
+
+
+def _predicted(tokens: Tensor) -> Tensor:
+    return (tokens != IGNORED).sum()
+
+
+def _nats(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    rows = scores.flatten(0, -2).float()
+    return functional.cross_entropy(rows, tokens.flatten(), ignore_index=IGNORED, reduction="sum"), _predicted(tokens)
+
+
+def _bits(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    nats, count = _nats(scores, tokens)
+    return nats / math.log(2), count
+
+
+def _correct_tokens(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return (scores.argmax(-1) == tokens).sum(), _predicted(tokens)
+
+
+ACCURACY = Score("accuracy", _correct)
+DICE = Score("Dice", _dice)
+BACKGROUND_DICE = Score("Dice of the background", _background_dice)
+PIXEL_ERROR = Score("pixel error", _wrong_pixels, "{:.2%}", is_cost=True)
+BITS = Score("bits per token", _bits, "{:.3f}", is_cost=True)
+MASKED_LOSS = Score("MLM loss", _nats, "{:.3f}", is_cost=True)
+MASKED_ACCURACY = Score("accuracy of hidden tokens", _correct_tokens)
+
+CLASSIFICATION = Task(functional.cross_entropy, _every, (ACCURACY,))
+SEGMENTATION = Task(_binary_loss, _every, (DICE, BACKGROUND_DICE, PIXEL_ERROR))
+NEXT_TOKEN = Task(_token_loss, _predicted, (BITS,))
+MASKED_TOKEN = Task(_token_loss, _predicted, (MASKED_LOSS, MASKED_ACCURACY))
