@@ -1,0 +1,139 @@
+"""Text from a file, a folder or a zip file, as numbers of tokens.
+
+    train*.txt, and valid*.txt or test*.txt     to learn from, and to test on
+    any other .txt                              the last tenth of all of them is tested on
+
+Tokens are characters, or words between blanks and ends of lines. The vocabulary has the most frequent ones of the text
+that is learned from; all others are one token, and so is what hides a token from a masked language model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from kaisa.errors import DataError
+from kaisa.recipes.images import is_hidden, open_tree
+
+UNKNOWN, HIDDEN = "<unk>", "<mask>"
+HELD_OUT = 0.1  # the share of the text that is tested on, where there is no other
+SUFFIX = ".txt"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\n|[^\s]+", text)
+
+
+UNITS: dict[str, Callable[[str], Iterable[str]]] = {"characters": iter, "words": _words}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that are known, each at its number; the first two are UNKNOWN and HIDDEN.
+
+    Attributes:
+        unit: "characters" or "words".
+        tokens: by number.
+    """
+
+    unit: str
+    tokens: tuple[str, ...]
+
+    @classmethod
+    def fit(cls, text: str, unit: str, size: int) -> Vocabulary:
+        """Take the most frequent tokens of a text, of equally frequent ones the first in the alphabet."""
+        counts = Counter(UNITS[unit](text))
+        for special in (UNKNOWN, HIDDEN):
+            counts.pop(special, None)
+        known = sorted(counts, key=lambda token: (-counts[token], token))
+        return cls(unit, (UNKNOWN, HIDDEN, *known[: size - 2]))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def unknown(self) -> int:
+        """The number of all tokens that are not known."""
+        return 0
+
+    @property
+    def hidden(self) -> int:
+        """The number of the token that hides another."""
+        return 1
+
+    def encode(self, text: str) -> Tensor:
+        """Return the number of each token of a text."""
+        numbers = {token: number for number, token in enumerate(self.tokens)}
+        return torch.tensor([numbers.get(token, self.unknown) for token in UNITS[self.unit](text)], dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to learn from and text to test on.
+
+    Attributes:
+        train: numbers of tokens, of shape (tokens,).
+        test: likewise.
+        vocabulary: what the numbers mean.
+        source: where the text comes from, in words.
+    """
+
+    train: Tensor
+    test: Tensor
+    vocabulary: Vocabulary
+    source: str
+
+
+def read_text(path: Path, unit: str, size: int) -> Text:
+    """Read a text and number its tokens.
+
+    Args:
+        path: a file, or a folder or zip file of such.
+        unit: "characters" or "words".
+        size: the most tokens that the vocabulary has.
+
+    Raises:
+        DataError: the path is missing, holds no text, or what is no text.
+    """
+    train, test, source = _split(path)
+    vocabulary = Vocabulary.fit(train, unit, size)
+    return Text(vocabulary.encode(train), vocabulary.encode(test), vocabulary, source)
+
+
+def _split(path: Path) -> tuple[str, str, str]:
+    files = _read_files(path)
+    train = "".join(text for name, text in files.items() if PurePosixPath(name).name.startswith("train"))
+    test = "".join(text for name, text in files.items() if PurePosixPath(name).name.startswith(("valid", "test")))
+    if train and test:
+        return train, test, f"{path.name}, its training part tested on the other"
+    whole = "".join(files.values())
+    cut = round((1 - HELD_OUT) * len(whole))
+    return whole[:cut], whole[cut:], f"{path.name}, the last tenth held out for testing"
+
+
+def _read_files(path: Path) -> dict[str, str]:
+    if path.is_file() and path.suffix == SUFFIX:
+        return {path.name: _decode(path.read_bytes(), str(path))}
+    with open_tree(path) as tree:
+        names = sorted(name for name in tree.names if name.endswith(SUFFIX) and not is_hidden(name))
+        files = {name: _decode(tree.read(name), f"{path}/{name}") for name in names}
+    if not any(files.values()):
+        raise DataError(f"no text in {path}; give .txt files, such as train.txt and valid.txt")
+    return files
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not text in UTF-8") from error
