@@ -22,6 +22,10 @@ class DecompositionError(KaisaError, RuntimeError):
     """The factors of a layer could not be decomposed, several times in a row."""
 
 
+class DifferentiationError(KaisaError, RuntimeError):
+    """An operation has no second derivative, which the Hessian needs."""
+
+
 class StateError(KaisaError, ValueError):
     """A saved state does not belong to the object that should load it."""
 

@@ -1,0 +1,146 @@
+"""Products of the Hessian with random probes, and what they tell of its diagonal (Hutchinson 1990).
+
+    z    entries are independent, with mean 0 and variance 1
+    Hz   the derivative of <gradient, z>, for all parameters at once: blocks between parameters are in it
+
+The mean of z ∘ Hz is the diagonal; that of (Hz)² is the squared norm of each row, Σⱼ H²ᵢⱼ.
+
+Probes come from a seed alone: the micro-batches of a step draw the same probe one after another, so that their
+products add up to that of the whole batch, and so do ranks whose generators are alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kaisa.errors import DifferentiationError
+
+DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "rademacher": lambda x, generator: x.bernoulli_(generator=generator).mul_(2).sub_(1),
+    "gaussian": lambda x, generator: x.normal_(generator=generator),
+}
+
+_REMEDIES = (
+    (
+        r"derivative for (\S*scaled_dot_product\S*) is not implemented",
+        "compute attention with plain matrix products: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    ),
+    (r"derivative for (\S+) is not implemented", "replace it by operations that can be differentiated twice"),
+    (
+        r"Double backwards is not supported for (CuDNN RNNs)",
+        "run the forward pass with torch.backends.cudnn.flags(enabled=False)",
+    ),
+    (
+        r"marked with (@once_differentiable)",
+        "write the backward of that torch.autograd.Function so that it can be differentiated itself",
+    ),
+    (r"(torch\.compile) with aot_autograd does not currently support double backward", "train the model uncompiled"),
+    (r"(Checkpointing) is not compatible with", "give torch.utils.checkpoint.checkpoint use_reentrant=False"),
+)
+
+
+def draw(parameters: Sequence[Tensor], distribution: str, samples: int, seed: int) -> list[list[Tensor]]:
+    """Return probes of the shapes of parameters, a list for every sample; a seed gives the same ones again.
+
+    Those of one device and type are parts of one tensor, drawn at once. A complex probe has real and imaginary parts
+    of variance 1, for it stands for two numbers.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        alike.setdefault((parameter.device, parameter.dtype), []).append(index)
+    generators = {device: torch.Generator(device).manual_seed(seed) for device, _ in alike}
+    probes: list[list[Tensor]] = [list(parameters) for _ in range(samples)]
+    for sample in probes:
+        for (device, dtype), indices in alike.items():
+            sizes = [parameters[index].numel() for index in indices]
+            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+            DISTRIBUTIONS[distribution](torch.view_as_real(flat) if dtype.is_complex else flat, generators[device])
+            for index, part in zip(indices, flat.split(sizes), strict=True):
+                sample[index] = part.view(parameters[index].shape)
+    return probes
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """Return the tensors to which ``loss.backward()`` would give a gradient."""
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    found: list[Tensor] = []
+    waiting: list[Any] = [loss.grad_fn]
+    seen = {loss.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        for parent, _ in node.next_functions:
+            if parent is None or parent in seen:
+                continue
+            seen.add(parent)
+            if type(parent).__name__ == "AccumulateGrad":
+                found.append(parent.variable)
+            else:
+                waiting.append(parent)
+    return found
+
+
+def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients that can be differentiated again.
+
+    Raises:
+        DifferentiationError: something in the graph cannot be differentiated so.
+    """
+    return list(_differentiate([loss], inputs, None, create_graph=True, retain_graph=True))
+
+
+def product(attached: Sequence[Tensor], parameters: Sequence[Tensor], probe: Sequence[Tensor], *, last: bool) -> Any:
+    """Return Hz of every parameter; None where the gradients do not depend on it.
+
+    Args:
+        attached: gradients with their graph; those that are constant have none and are passed over.
+        parameters: by which to differentiate.
+        probe: z of every gradient.
+        last: whether the graph may be freed.
+
+    Raises:
+        DifferentiationError: an operation has no second derivative.
+    """
+    varying = [index for index, gradient in enumerate(attached) if gradient.requires_grad]
+    if not varying:
+        return [None] * len(parameters)
+    return _differentiate(
+        [attached[index] for index in varying],
+        parameters,
+        [probe[index] for index in varying],
+        retain_graph=not last,
+        allow_unused=True,
+    )
+
+
+def _differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Any, **options: Any) -> Any:
+    try:
+        return torch.autograd.grad(outputs, inputs, grads, **options)
+    except RuntimeError as error:
+        for pattern, remedy in _REMEDIES:
+            if found := re.search(pattern, str(error)):
+                raise DifferentiationError(
+                    f"the Hessian cannot be computed through {found.group(1)}, which has no second derivative; {remedy}"
+                ) from error
+        raise
+
+
+def accumulate_(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add to ``.grad`` as a backward pass does, so that what waits for gradients, as DistributedDataParallel, runs.
+
+    Hooks on the tensors themselves have run when the gradients were computed; they are silent here.
+    """
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    kept = [dict(one) for one in hooks]
+    try:
+        for one in hooks:
+            one.clear()
+        torch.autograd.backward(tensors, [gradient.detach() for gradient in grads])
+    finally:
+        for one, hook in zip(hooks, kept, strict=True):
+            one.update(hook)
