@@ -77,6 +77,17 @@ def test_a_run_ends_with_a_table_a_plot_a_record_and_weights(
     assert [len(run["epochs"]) for run in record["runs"]] == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [("arsg", ["arsg", "arsg + K-FAC"]), ("rsg+kfac", ["rsg + K-FAC"]), ("adahessian", ["adahessian"])],
+)
+def test_the_optimizers_of_the_library_take_part(tmp_path: Path, optimizer: str, expected: list[str]) -> None:
+    assert run([*SMALL, "--optimizer", optimizer, "--output", "out"]) == 0
+    runs = read_record(tmp_path / "out")["runs"]
+    assert [one["contestant"] for one in runs] == expected
+    assert all(one["epochs"][-1]["test_loss"] < 2.35 for one in runs)
+
+
 def test_without_an_output_the_run_goes_under_runs(tmp_path: Path) -> None:
     assert run([*SMALL, "--contestants", "first-order"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -109,6 +120,8 @@ BAD = {
     "images of two sizes": (["--data", "mixed"], "give --image-size to resize"),
     "an unknown model": (["--model", "vgg"], "unknown model 'vgg'; choose from mlp, cnn, resnet20"),
     "an unknown optimizer": (["--optimizer", "lion"], "unknown optimizer 'lion'"),
+    "an optimizer behind something else": (["--optimizer", "arsg+adam"], "only +kfac may follow"),
+    "AdaHessian behind K-FAC": (["--optimizer", "adahessian+kfac"], "would divide by the curvature twice; give"),
     "an unknown solver": (["--solver", "qr"], "unknown solver 'qr'"),
     "an unknown contestant": (["--contestants", "all"], "unknown contestants 'all'"),
     "an unknown device": (["--device", "abacus"], "unknown device 'abacus'"),

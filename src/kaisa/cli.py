@@ -1,6 +1,6 @@
 """The command `kaisa`.
 
-    kaisa train                trains on images, with a first-order optimizer and with the same behind K-FAC
+    kaisa train                trains on images, with an optimizer and with the same behind K-FAC
     kaisa plan                 the fastest placement that fits on other hardware, or measures this machine
     kaisa bench distributed    what each placement sends and holds, by formula
 
@@ -47,11 +47,12 @@ from kaisa.recipes.comparison import (
     compare,
     start_comparison,
 )
+from kaisa.recipes.contestants import OPTIMIZERS
 from kaisa.recipes.data import Data, read_data
 from kaisa.recipes.distributed import build_accounts, describe_account
 from kaisa.recipes.extras import load_extra
 from kaisa.recipes.files import written_whole
-from kaisa.recipes.options import Options
+from kaisa.recipes.options import LEARNING_RATES, Options
 from kaisa.recipes.plan import ALLOWED, build_plan, describe_plan, draw_trade_off
 from kaisa.recipes.progress import TerminalProgress
 from kaisa.recipes.record import FILE, Record
@@ -123,6 +124,10 @@ KFAC = "K-FAC"
 MACHINE = "Machine"
 
 
+def _rates() -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+
+
 def _option(text: str, *names: str, panel: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
 
@@ -142,9 +147,16 @@ def train(
     output: Annotated[Path | None, _option("Folder of the run [runs/TIME-DATA-MODEL]", panel=DATA)] = None,
     resume: Annotated[Path | None, _option("Go on with an interrupted run, with its own options", panel=DATA)] = None,
     model: Annotated[str | None, _option("mlp, cnn, resnet20 or resnet32 [cnn; images: resnet20]", panel=MODEL)] = None,
-    contestants: Annotated[str | None, _option("both, first-order or kfac [both]", panel=MODEL)] = None,
-    optimizer: Annotated[str | None, _option("sgd or adamw [sgd]", panel=MODEL)] = None,
-    lr: Annotated[float | None, _option("Highest learning rate, of both unless --kfac-lr [0.1]", panel=MODEL)] = None,
+    contestants: Annotated[
+        str | None, _option("both, first-order or kfac [both; adahessian: first-order]", panel=MODEL)
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option(f"{', '.join(OPTIMIZERS)}; NAME+kfac for the one behind K-FAC alone [sgd]", panel=MODEL),
+    ] = None,
+    lr: Annotated[
+        float | None, _option(f"Highest learning rate, of both unless --kfac-lr [{_rates()}]", panel=MODEL)
+    ] = None,
     kfac_lr: Annotated[float | None, _option("Highest learning rate behind K-FAC [as --lr]", panel=MODEL)] = None,
     weight_decay: Annotated[float | None, _option("Of both [5e-4]", panel=MODEL)] = None,
     epochs: Annotated[int | None, _option("Of each run [30; images: 20]", panel=MODEL)] = None,
@@ -190,7 +202,7 @@ def train(
         str | None, _option("Memory of a process that K-FAC may take with auto, such as 2GiB", panel=KFAC)
     ] = None,
 ) -> int:
-    """Train with a first-order optimizer and with the same optimizer behind K-FAC.
+    """Train with an optimizer and with the same optimizer behind K-FAC.
 
     Both start from the same weights and see the same batches under the same schedule. At the end
     there is a table, and in the folder of the run a plot and a record.

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kaisa.errors import ConfigurationError
+from kaisa.optim import ARSG, RSG, AdaHessian
 from kaisa.recipes.contestants import Contestant, Preconditioning, learning_rate_share
 
 STEPS = 400
@@ -26,7 +27,17 @@ def test_every_step_of_a_short_run_learns(steps: int) -> None:
     assert all(0 < share <= 1 for share in shares)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sgd", torch.optim.SGD),
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+        ("rsg", RSG),
+        ("arsg", ARSG),
+        ("adahessian", AdaHessian),
+    ],
+)
 def test_the_optimizer_is_the_one_that_is_named(name: str, kind: type) -> None:
     optimizer = Contestant(name, 0.25, weight_decay=0.125).build_optimizer(nn.Linear(2, 2))
     assert type(optimizer) is kind
@@ -71,3 +82,17 @@ def test_unknown_choices_are_refused_with_the_known_ones() -> None:
         Preconditioning(solver="qr")
     with pytest.raises(ConfigurationError, match="unknown optimizer 'lion'; choose from sgd, ada"):
         Contestant("lion", 0.1)
+
+
+def test_adahessian_behind_kfac_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigurationError, match=r"adahessian behind K-FAC would divide by the curvature twice; give"):
+        Contestant("adahessian", 0.1, preconditioning=Preconditioning())
+
+
+def test_dividing_by_the_hessian_behind_kfac_would_take_long_steps_where_the_loss_is_flat() -> None:
+    """The reason of the refusal, on two quadratics: F⁻¹ g is the step to the minimum, whatever the curvature."""
+    curvatures, x = torch.tensor([100.0, 0.01]), torch.tensor([1.0, 1.0])
+    preconditioned = curvatures * x / curvatures
+    assert torch.equal(preconditioned, x)
+    divided_again = preconditioned / curvatures
+    assert divided_again.tolist() == pytest.approx([0.01, 100.0])

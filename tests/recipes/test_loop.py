@@ -20,6 +20,9 @@ PRECONDITIONINGS = {
     "sgd": Contestant("sgd", 0.05),
     "adamw": Contestant("adamw", 0.005),
     "sgd + K-FAC": Contestant("sgd", 0.05, preconditioning=Preconditioning(0.03, 2, 4)),
+    "adahessian": Contestant("adahessian", 0.05),
+    "rsg": Contestant("rsg", 0.5),
+    "arsg + K-FAC": Contestant("arsg", 0.002, preconditioning=Preconditioning(0.03, 2, 4)),
     "adamw + K-FAC": Contestant("adamw", 0.005, preconditioning=Preconditioning(0.03, 2, 4)),
 }
 

@@ -1,4 +1,4 @@
-"""How a model is optimised: a first-order optimizer, alone or behind K-FAC."""
+"""How a model is optimised: an optimizer, alone or behind K-FAC."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from kaisa.kfac.collectives import Collectives
 from kaisa.kfac.options import for_the_planner
 from kaisa.kfac.placement import COMM_OPT
 from kaisa.kfac.planner import parse_bytes
+from kaisa.optim import ARSG, RSG, AdaHessian
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Schedule
 
-OPTIMIZERS = ("sgd", "adamw")
+ADAHESSIAN = "adahessian"
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rsg": RSG,
+    "arsg": ARSG,
+    ADAHESSIAN: AdaHessian,
+}
 SOLVERS = ("eigen", "cholesky", "ekfac", "sqrt_ekfac")
 WARM_UP = 0.05  # the share of the steps over which the learning rate rises
 
@@ -58,14 +67,20 @@ class Contestant:
     """An optimizer with its learning rate, alone or behind K-FAC.
 
     Attributes:
-        optimizer: "sgd" (with momentum) or "adamw".
+        optimizer: a name of `OPTIMIZERS`.
         learning_rate: the highest of the schedule.
-        momentum: of SGD; AdamW has its usual two decays.
-        weight_decay: added to the gradient by SGD, decoupled in AdamW.
+        momentum: of SGD; the others have their usual decays.
+        weight_decay: decoupled in AdamW and AdaHessian, added to the gradient by the others.
         preconditioning: the options of K-FAC; None for the optimizer alone.
 
+    AdaHessian behind K-FAC is refused. What K-FAC hands on is F⁻¹ g, already a step: divided by |H| again it would be
+    H⁻¹ H⁻¹ g, small where the loss is curved and boundless where it is flat, in a unit that is no weight's. To do it
+    right, H would have to be that of the coordinates in which K-FAC steps, F⁻¹ H, which is near the identity by design:
+    what is left of AdaHessian there is momentum, which is sgd behind K-FAC. Adam and ARSG may stand behind it, for they
+    measure the very gradients that they are given; RSG measures nothing.
+
     Raises:
-        ConfigurationError: an option is out of its range.
+        ConfigurationError: an option is out of its range, or AdaHessian stands behind K-FAC.
     """
 
     optimizer: str
@@ -77,6 +92,11 @@ class Contestant:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ConfigurationError(f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
+        if self.optimizer == ADAHESSIAN and self.preconditioning is not None:
+            raise ConfigurationError(
+                "adahessian behind K-FAC would divide by the curvature twice; give --contestants first-order, or "
+                "--optimizer sgd, adam, adamw, rsg or arsg"
+            )
         Schedule("lr", self.learning_rate, POSITIVE)
         Schedule("weight-decay", self.weight_decay, NON_NEGATIVE)
 
@@ -91,16 +111,11 @@ class Contestant:
         return f"{self.optimizer}-kfac" if self.preconditioning else self.optimizer
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Make the first-order optimizer of a model's parameters."""
-        parameters = model.parameters()
+        """Make the optimizer of a model's parameters."""
+        options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters,
-                lr=self.learning_rate,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-            )
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+            options["momentum"] = self.momentum
+        return OPTIMIZERS[self.optimizer](model.parameters(), **options)  # type: ignore[arg-type]
 
     def build_preconditioner(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, ranks: Collectives | None = None

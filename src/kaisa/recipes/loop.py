@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kaisa
 from kaisa.errors import StateError
 from kaisa.kfac.collectives import Alone, Collectives
+from kaisa.optim import AdaHessian
 from kaisa.recipes.batches import Batches
 from kaisa.recipes.contestants import Contestant, learning_rate_share
 from kaisa.recipes.files import written_whole
@@ -159,7 +160,10 @@ class Training:
         self.optimizer.zero_grad()
         outputs = self.parallel(inputs)
         loss = functional.cross_entropy(outputs, labels)
-        loss.backward()
+        if isinstance(self.optimizer, AdaHessian):
+            self.optimizer.backward(loss)
+        else:
+            loss.backward()
         if self.kfac is not None:
             self.kfac.step()
         self.optimizer.step()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.arrangement import AUTO
 from kaisa.kfac.placement import gradient_workers
-from kaisa.recipes.contestants import Contestant, Preconditioning
+from kaisa.recipes.contestants import ADAHESSIAN, Contestant, Preconditioning
 from kaisa.recipes.models import check_model
-from kaisa.schedules import FRACTION, STEPS, Range, Schedule
+from kaisa.schedules import FRACTION, POSITIVE, STEPS, Range, Schedule
 
 CONTESTANTS = ("both", "first-order", "kfac")
 DEVICES = ("cpu", "cuda")
@@ -24,7 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "cnn",
         "epochs": 30,
         "batch_size": 128,
-        "lr": 0.1,
         "damping": 0.01,
         "factor_update_steps": 10,
         "inv_update_steps": 20,
@@ -37,13 +37,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "resnet20",
         "epochs": 20,
         "batch_size": 128,
-        "lr": 0.1,
         "augment": True,
     },
 }
 """What is taken for options that are not given: customary on images, on the digits one thread, for
-the matrices are small, and the learning rate that suits the first-order contestant best (see
-`benchmarks/digits_learning_rates.py`)."""
+the matrices are small."""
+
+LEARNING_RATES = {"sgd": 0.1, "adam": 0.003, "adamw": 0.003, "rsg": 1.0, "arsg": 0.01, ADAHESSIAN: 0.15}
+"""What is taken for learning rates that are not given: of SGD the one that suits it best on the digits (see
+`benchmarks/digits_learning_rates.py`), of the others customary ones of the same data."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Options:
         image_size: width and height that images are resized to.
         model: a name of `kaisa.recipes.models.MODELS`.
         contestants: "both", "first-order" or "kfac".
-        optimizer: "sgd" or "adamw".
+        optimizer: a name of `kaisa.recipes.contestants.OPTIMIZERS`.
         lr: the highest learning rate of the first-order contestant.
         kfac_lr: that of the contestant behind K-FAC; None for the same.
         weight_decay: of both.
@@ -101,6 +103,7 @@ class Options:
             self._check(name, STEPS)
         self._check("seed", SEED)
         self._check("target", FRACTION)
+        self._check("kfac_lr", POSITIVE)
         self._check_choice("contestants", CONTESTANTS)
         self._check_choice("device", DEVICES)
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -134,11 +137,14 @@ class Options:
     def complete(cls, given: dict[str, Any]) -> Options:
         """Make options of those given (not None); the others come from the preset of the data.
 
-        Those of K-FAC are given by their own names.
+        Those of K-FAC are given by their own names. An optimizer that ends in "+kfac" takes part behind K-FAC alone.
+
+        Raises:
+            ConfigurationError: an option cannot work.
         """
-        given = {name: value for name, value in given.items() if value is not None}
+        given = _read_optimizer({name: value for name, value in given.items() if value is not None})
         preset = PRESETS["images" if "data" in given else "digits"]
-        merged = {**preset, **given}
+        merged = {"lr": LEARNING_RATES.get(given.get("optimizer", "sgd"), math.nan), **preset, **given}
         own = {option.name for option in fields(Preconditioning)} & set(merged)
         preconditioning = Preconditioning(**{name: merged.pop(name) for name in own})
         return cls(preconditioning=preconditioning, **merged)
@@ -154,15 +160,14 @@ class Options:
 
     def build_contestants(self) -> list[Contestant]:
         """Return who takes part, the first-order contestant before the other."""
-        first_order = Contestant(self.optimizer, self.lr, weight_decay=self.weight_decay)
-        behind_kfac = Contestant(
-            self.optimizer,
-            self.lr if self.kfac_lr is None else self.kfac_lr,
-            weight_decay=self.weight_decay,
-            preconditioning=self.preconditioning,
-        )
-        chosen = {"first-order": [first_order], "kfac": [behind_kfac]}
-        return chosen.get(self.contestants, [first_order, behind_kfac])
+        rate = self.lr if self.kfac_lr is None else self.kfac_lr
+        found = []
+        if self.contestants != "kfac":
+            found.append(Contestant(self.optimizer, self.lr, weight_decay=self.weight_decay))
+        if self.contestants != "first-order":
+            alone = Contestant(self.optimizer, rate, weight_decay=self.weight_decay)
+            found.append(replace(alone, preconditioning=self.preconditioning))
+        return found
 
     @property
     def seeds(self) -> list[int]:
@@ -174,3 +179,18 @@ class Options:
         """Data and model in a word that can be a file name."""
         data = "digits" if self.data is None else Path(self.data).name.split(".")[0]
         return f"{data}-{self.model}"
+
+
+def _read_optimizer(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options given, with "+kfac" read and contestants that suit the optimizer."""
+    name, plus, system = given.get("optimizer", "sgd").partition("+")
+    if not plus:
+        usual = {"contestants": "first-order"} if name == ADAHESSIAN else {}  # it cannot stand behind K-FAC
+        return {**usual, **given}
+    if system != "kfac":
+        raise ConfigurationError(f"unknown optimizer {given['optimizer']!r}; only +kfac may follow a name")
+    if given.get("contestants", "kfac") != "kfac":
+        raise ConfigurationError(
+            f"optimizer {given['optimizer']} is for the contestant behind K-FAC alone; leave out +kfac or --contestants"
+        )
+    return {**given, "optimizer": name, "contestants": "kfac"}

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from kaisa.errors import ConfigurationError
+from kaisa.recipes.contestants import OPTIMIZERS
+from kaisa.recipes.options import LEARNING_RATES, Options
+
+
+def names(**given: object) -> list[str]:
+    return [contestant.name for contestant in Options.complete(given).build_contestants()]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rsg", "arsg"])
+def test_an_optimizer_takes_part_alone_and_behind_kfac(optimizer: str) -> None:
+    assert names(optimizer=optimizer) == [optimizer, f"{optimizer} + K-FAC"]
+    assert names(optimizer=f"{optimizer}+kfac") == [f"{optimizer} + K-FAC"]
+    assert names(optimizer=optimizer, contestants="first-order") == [optimizer]
+    assert names(optimizer=optimizer, contestants="kfac") == [f"{optimizer} + K-FAC"]
+
+
+def test_adahessian_takes_part_alone() -> None:
+    assert names(optimizer="adahessian") == ["adahessian"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": "adahessian+kfac"},
+        {"optimizer": "adahessian", "contestants": "both"},
+        {"optimizer": "adahessian", "contestants": "kfac"},
+    ],
+)
+def test_adahessian_behind_kfac_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError, match="adahessian behind K-FAC would divide by the curvature twice"):
+        Options.complete(given)
+
+
+def test_what_follows_an_optimizer_must_be_kfac() -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown optimizer 'arsg\+shampoo'; only \+kfac may follow a name"):
+        Options.complete({"optimizer": "arsg+shampoo"})
+    with pytest.raises(ConfigurationError, match=r"optimizer arsg\+kfac is for the contestant behind K-FAC alone"):
+        Options.complete({"optimizer": "arsg+kfac", "contestants": "both"})
+
+
+def test_every_optimizer_has_a_learning_rate_of_its_own_unless_one_is_given() -> None:
+    assert LEARNING_RATES.keys() == OPTIMIZERS.keys()
+    for optimizer, rate in LEARNING_RATES.items():
+        assert Options.complete({"optimizer": optimizer}).lr == rate
+        assert Options.complete({"optimizer": optimizer, "lr": 0.5}).lr == 0.5
+
+
+def test_the_rate_behind_kfac_is_checked_even_where_it_is_not_used() -> None:
+    with pytest.raises(ConfigurationError, match=r"kfac-lr is -1\.0; give a positive number"):
+        Options.complete({"kfac_lr": -1.0, "contestants": "first-order"})
+
+
+def test_options_survive_a_record() -> None:
+    options = Options.complete({"optimizer": "arsg+kfac"})
+    assert Options.from_json(options.to_json()) == options
