@@ -64,7 +64,7 @@ def test_no_file_is_called_after_nothing() -> None:
 def test_importing_the_library_prints_nothing_and_needs_no_extra() -> None:
     program = (
         "import sys\n"
-        "for name in ('sklearn', 'matplotlib', 'PIL'):\n"
+        "for name in ('sklearn', 'matplotlib', 'PIL', 'lightning', 'transformers', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
         "import kaisa, kaisa.cli\n"
     )
