@@ -12,11 +12,12 @@ products add up to that of the whole batch, and so do ranks whose generators are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kaisa.errors import DifferentiationError
 
@@ -25,6 +26,8 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "gaussian": lambda x, generator: x.normal_(generator=generator),
 }
 
+_ONCE = once_differentiable(lambda context: None).__code__
+_REMEDY_ONCE = "write the backward of that torch.autograd.Function so that it can be differentiated itself"
 _REMEDIES = (
     (
         r"derivative for (\S*scaled_dot_product\S*) is not implemented",
@@ -35,12 +38,12 @@ _REMEDIES = (
         r"Double backwards is not supported for (CuDNN RNNs)",
         "run the forward pass with torch.backends.cudnn.flags(enabled=False)",
     ),
-    (
-        r"marked with (@once_differentiable)",
-        "write the backward of that torch.autograd.Function so that it can be differentiated itself",
-    ),
+    (r"marked with (@once_differentiable)", _REMEDY_ONCE),
     (r"(torch\.compile) with aot_autograd does not currently support double backward", "train the model uncompiled"),
-    (r"(Checkpointing) is not compatible with", "give torch.utils.checkpoint.checkpoint use_reentrant=False"),
+    (
+        r"(torch\.utils\.checkpoint|Checkpointing) is (?:incompatible|not compatible) with",
+        "give torch.utils.checkpoint.checkpoint use_reentrant=False",
+    ),
 )
 
 
@@ -65,37 +68,53 @@ def draw(parameters: Sequence[Tensor], distribution: str, samples: int, seed: in
     return probes
 
 
+def nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    """Yield every node of a graph once."""
+    waiting = [root for root in roots if root is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+
+
 def leaves(loss: Tensor) -> list[Tensor]:
     """Return the tensors to which ``loss.backward()`` would give a gradient."""
     if loss.grad_fn is None:
         return [loss] if loss.requires_grad else []
-    found: list[Tensor] = []
-    waiting: list[Any] = [loss.grad_fn]
-    seen = {loss.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        for parent, _ in node.next_functions:
-            if parent is None or parent in seen:
-                continue
-            seen.add(parent)
-            if type(parent).__name__ == "AccumulateGrad":
-                found.append(parent.variable)
-            else:
-                waiting.append(parent)
-    return found
+    return [node.variable for node in nodes([loss.grad_fn]) if type(node).__name__ == "AccumulateGrad"]
 
 
-def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return gradients that can be differentiated again.
+def check_differentiable_twice(roots: Iterable[Tensor]) -> None:
+    """Raise DifferentiationError where a function is marked as differentiable once.
+
+    Autograd passes over such a function without a word where nothing else would be differentiated through it, and
+    takes what it returns for constant.
+    """
+    for node in nodes(root.grad_fn for root in roots):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+            raise _refusal(f"{function.__qualname__}, marked @once_differentiable", _REMEDY_ONCE)
+        if type(node).__name__ == "Error":
+            raise _refusal("a function marked @once_differentiable", _REMEDY_ONCE)
+
+
+def gradients(loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> list[Tensor]:
+    """Return gradients, such that can be differentiated again if a graph is made.
 
     Raises:
         DifferentiationError: something in the graph cannot be differentiated so.
     """
-    return list(_differentiate([loss], inputs, None, create_graph=True, retain_graph=True))
+    return list(_differentiate([loss], inputs, None, create_graph=create_graph))
 
 
-def product(attached: Sequence[Tensor], parameters: Sequence[Tensor], probe: Sequence[Tensor], *, last: bool) -> Any:
-    """Return Hz of every parameter; None where the gradients do not depend on it.
+def product(
+    attached: Sequence[Tensor], parameters: Sequence[Tensor], probe: Sequence[Tensor], *, last: bool
+) -> list[Tensor]:
+    """Return Hz of every parameter, zero where the gradients do not depend on it.
 
     Args:
         attached: gradients with their graph; those that are constant have none and are passed over.
@@ -108,14 +127,10 @@ def product(attached: Sequence[Tensor], parameters: Sequence[Tensor], probe: Seq
     """
     varying = [index for index, gradient in enumerate(attached) if gradient.requires_grad]
     if not varying:
-        return [None] * len(parameters)
-    return _differentiate(
-        [attached[index] for index in varying],
-        parameters,
-        [probe[index] for index in varying],
-        retain_graph=not last,
-        allow_unused=True,
-    )
+        return [torch.zeros_like(parameter) for parameter in parameters]
+    outputs, probes = [attached[index] for index in varying], [probe[index] for index in varying]
+    found = _differentiate(outputs, parameters, probes, retain_graph=not last, materialize_grads=True)
+    return list(found)
 
 
 def _differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Any, **options: Any) -> Any:
@@ -124,10 +139,15 @@ def _differentiate(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: A
     except RuntimeError as error:
         for pattern, remedy in _REMEDIES:
             if found := re.search(pattern, str(error)):
-                raise DifferentiationError(
-                    f"the Hessian cannot be computed through {found.group(1)}, which has no second derivative; {remedy}"
-                ) from error
+                raise _refusal(found.group(1), remedy) from error
         raise
+
+
+def _refusal(operation: str, remedy: str) -> DifferentiationError:
+    return DifferentiationError(
+        f"the Hessian cannot be computed through {operation}, which has no second derivative; {remedy}; or take "
+        "differences of gradients: optimizer.backward_by_difference(closure)"
+    )
 
 
 def accumulate_(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
