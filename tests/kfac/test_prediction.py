@@ -311,6 +311,18 @@ def test_deferred_statistics_are_paid_once_for_each_decomposition() -> None:
     assert not prediction(world_size=1).is_deferred
 
 
+def test_ranks_that_have_nothing_to_do_crowd_nobody() -> None:
+    """Of four layers of different sizes on four ranks one has most; all others together have as much again, or more."""
+    crowded = replace(UNIT, ranks_per_node=4, contention=((1.0, 1.0), (2.0, 1.0), (4.0, 2.0)))
+    for workers in (1, 4):
+        free, busy = (prediction(workers=workers, hardware=machine, local_below=0) for machine in (UNIT, crowded))
+        columns = [4 * (4 * a + a * a * 2) for a in (4, 3, 3, 3)]  # of G of side 2 and A of side a, two products each
+        together = sum(columns) / max(columns) if workers == 1 else 4
+        expected = max(columns) if workers == 1 else sum(columns)
+        assert free.parts["solve"] == pytest.approx(expected)
+        assert busy.parts["solve"] == pytest.approx(expected * crowded.crowding(together))
+
+
 def test_a_measured_step_takes_the_place_of_a_predicted_one() -> None:
     workload = replace(WORKLOAD, plain_seconds=7.0)
     found = predict(workload, place(SHAPES, 1, 1), UNIT, Settings())

@@ -29,9 +29,12 @@ from kaisa.kfac.routes import (
 from kaisa.kfac.shares import by_column, by_owner, over_ranks, row_length
 from kaisa.kfac.workload import Settings, SolverWork
 
+Received = Mapping[str, Sequence[float]]
+"""Bytes that the exchanges bring, by kind and rank."""
+
 
 def footprint(
-    account: Account, routes: Routes, settings: Settings, solver: SolverWork
+    account: Account, routes: Routes, received: Received, settings: Settings, solver: SolverWork
 ) -> tuple[Mapping[str, int], ...]:
     """Returns bytes by rank and kind; see ``Prediction.memory``."""
     placement, shapes = routes.placement, routes.layers
@@ -41,7 +44,6 @@ def footprint(
     computed = by_owner(placement, shapes, lambda factor: settings.decomposition_bytes * solver.held(factor))
     columns = by_column(placement, shapes, lambda shape: settings.decomposition_bytes * shape.gradient_elements)
     solved, gradients = over_ranks(placement, columns), sum(columns)
-    received = received_bytes(routes, settings.sizes, solver.held)
     in_flight, added_up = _statistics_in_flight(routes, settings.sizes), _added_up(routes, settings.factor_bytes)
     result = []
     for rank, held in enumerate(account.memory):
@@ -78,7 +80,7 @@ def calls(account: Account, kind: str) -> int:
     return max(step[kind].calls if kind in step else 0 for step in steps)
 
 
-def received_bytes(routes: Routes, sizes: Sizes, held: Held) -> Mapping[str, Sequence[float]]:
+def received_bytes(routes: Routes, sizes: Sizes, held: Held) -> Received:
     """Returns by kind and rank what the exchanges bring.
 
     Args:

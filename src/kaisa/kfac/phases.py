@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kaisa.kfac.account import DECOMPOSITIONS, GRADIENTS, STATISTICS, STATUS, Account
-from kaisa.kfac.footprint import bytes_sent, calls, received_bytes
+from kaisa.kfac.footprint import Received, bytes_sent, calls
 from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.placement import FactorShape, LayerShape
-from kaisa.kfac.routes import Routes
-from kaisa.kfac.shares import busiest_node, by_owner, fewest_companions
+from kaisa.kfac.shares import busiest_node, by_owner, fewest_companions, over_ranks, row_length
 from kaisa.kfac.workload import SOLVERS, LayerWork, Settings, Workload, statistics_operations
 
 _BACKWARD = 2 / 3  # of the work of a step without K-FAC
@@ -35,7 +34,7 @@ class Phases:
         hardware: the machine.
         settings: how K-FAC was told to work.
         account: what the placement sends and holds.
-        routes: what goes where.
+        received: what the exchanges bring.
         is_deferred: whether statistics wait until decompositions are due.
     """
 
@@ -43,7 +42,7 @@ class Phases:
     hardware: Hardware
     settings: Settings
     account: Account
-    routes: Routes
+    received: Received
     is_deferred: bool
 
     @cached_property
@@ -59,7 +58,7 @@ class Phases:
             "status": self._total(bytes_sent(self.account, STATUS, 0)) * bool(calls(self.account, STATUS)),
             "decompose": self._decompose(),
             "share": self._exchange(DECOMPOSITIONS, self.account.placement.columns[0]),
-            "solve": self._crowded(self._solve()),
+            "solve": self._solve(),
             "spread": self._exchange(GRADIENTS, self.account.placement.row(0)),
             "update": self._crowded(self._update()),
         }
@@ -136,13 +135,13 @@ class Phases:
         """Packing what is sent, adding up what comes, and the running average of the owner, on the busiest rank."""
         placement, bytes_each = self.account.placement, self.settings.factor_bytes
         own = by_owner(placement, self.workload.shapes, lambda factor: bytes_each * factor.elements)
-        came = self._received[STATISTICS]
+        came = self.received[STATISTICS]
         added = max(_AVERAGING * mine + received for mine, received in zip(own, came, strict=True))
         packed = _PACKING * self._sums if self._world > 1 else 0
         return self._moved(added + packed) + self._overhead("factors", len(self.workload.layers))
 
     def _decompose(self) -> float:
-        """The makespan: the slowest rank, longer where others of its node compute at the same time."""
+        """The makespan: until the last rank has decomposed what it owns."""
         table = SOLVERS[self.settings.solver].table
 
         def seconds(factor: FactorShape) -> float:
@@ -151,20 +150,22 @@ class Phases:
             return self.hardware.decomposition_seconds(table, factor.size, factor.blocks)
 
         loads = by_owner(self.account.placement, self.workload.shapes, seconds)
+        return self._slowest(loads) + self._overhead("inverses", len(self.workload.layers))
+
+    def _slowest(self, loads: Sequence[float]) -> float:
+        """The rank with most to do, longer where others of its node compute at the same time."""
         slowest = max(loads)
         busy = busiest_node(loads, self.hardware.ranks_per_node) / slowest if slowest else 1.0
-        return slowest * self.hardware.crowding(busy) + self._overhead("inverses", len(self.workload.layers))
+        return slowest * self.hardware.crowding(max(1.0, busy))
 
     def _solve(self) -> float:
         """The column with most to do, layers of equal shape at once."""
         placement = self.account.placement
         alike = Counter((placement[shape.name].gradient_workers[0], _nameless(shape)) for shape in self.workload.shapes)
-        columns: Counter[int] = Counter()
-        result: dict[int, float] = {column: 0.0 for column, _ in alike}
+        columns = [0.0] * row_length(placement)
         for (column, shape), count in alike.items():
-            result[column] += self._solve_of(shape, count)
-            columns[column] += count
-        return max(result.values(), default=0.0)
+            columns[column] += self._solve_of(shape, count)
+        return self._slowest(over_ranks(placement, columns))
 
     def _solve_of(self, shape: LayerShape, layers: int) -> float:
         blocks, out, size = shape.gradient
@@ -187,10 +188,6 @@ class Phases:
 
     # ------------------------------------------------------------------------------------------------ communicating
 
-    @cached_property
-    def _received(self) -> Mapping[str, Sequence[float]]:
-        return received_bytes(self.routes, self.settings.sizes, SOLVERS[self.settings.solver].held)
-
     def _exchange(self, kind: str, group: Sequence[int]) -> float:
         """An exchange of one group while all others have theirs; nodes take the share of a rank far from the others."""
         count = calls(self.account, kind)
@@ -198,7 +195,7 @@ class Phases:
             return 0.0
         hardware = self.hardware
         sent = [bytes_sent(self.account, kind, rank) for rank in range(self._world)]
-        moved = (sent, self._received[kind])
+        moved = (sent, self.received[kind])
         most = max(max(loads) for loads in moved)
         together = max(busiest_node(loads, hardware.ranks_per_node) for loads in moved)
         near = fewest_companions(group, hardware.ranks_per_node)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kaisa.kfac.account import Account, Sent, account
-from kaisa.kfac.footprint import footprint
+from kaisa.kfac.footprint import footprint, received_bytes
 from kaisa.kfac.hardware import Hardware
 from kaisa.kfac.phases import Phases
 from kaisa.kfac.placement import LayerShape, LocalRule, Placement, place
@@ -91,7 +91,8 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
     )
     shapes = workload.shapes
     routes = Routes(placement, shapes, settings.bucket_bytes)
-    phases = Phases(workload, hardware, settings, sent, routes, waits)
+    received = received_bytes(routes, settings.sizes, solver.held)
+    phases = Phases(workload, hardware, settings, sent, received, waits)
     plain, factor, inverse, average = phases.steps()
     operations = {
         "statistics": settings.accumulation_steps * sum(map(statistics_operations, workload.layers)),
@@ -105,7 +106,7 @@ def predict(workload: Workload, placement: Placement, hardware: Hardware, settin
         settings=settings,
         is_deferred=waits,
         account=sent,
-        memory=footprint(sent, routes, settings, solver),
+        memory=footprint(sent, routes, received, settings, solver),
         operations=operations,
         seconds=phases.seconds,
         parts=phases.parts,
