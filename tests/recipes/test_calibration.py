@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_every_world_yields_a_whole_profile_that_is_read_again(world: int, per_n
     assert 0 < found.training <= 1
     assert found.memory is not None
     assert found.memory_bandwidth > 0
-    assert found.contention[-1][0] == world
+    assert [count for count, _ in found.contention] == [count for count in (1, 2, 4) if count <= world]
+    assert found.contention[0][1] == 1.0
 
 
 def test_every_measured_field_says_where_it_comes_from() -> None:
@@ -156,3 +158,22 @@ def test_a_warm_start_is_timed_where_it_turns_the_basis(order: int) -> None:
     ratios = linalg.off_diagonal_ratio(basis.mT @ later @ basis)
     rule = WarmStart()
     assert ((rule.keep_below < ratios) & (ratios < rule.decompose_above)).all()
+
+
+def test_ranks_that_wait_do_not_count_among_those_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four ranks that time-share two cores two take no longer than one, and all of them twice as long."""
+    computing = {1: 1.0, 2: 1.0, 4: 2.0}
+    for count, seconds in computing.items():
+        monkeypatch.setattr(calibration, "_mean_seconds", lambda run, device, spent, seconds=seconds: seconds)
+        assert run(4, partial(together, count)) == [seconds] * 4
+
+
+def together(count: int, ranks: Collectives) -> float:
+    return calibration._together(ranks, count, lambda: None, CPU, 0.0)
+
+
+def test_a_collective_costs_what_it_usually_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([9.0, 1.0, 5.0])
+    monkeypatch.setattr(calibration, "_timed", lambda operation, device: next(seconds))
+    bench = _Bench(Alone(), [(0,)], CPU)
+    assert bench._seconds([(0,)], lambda group: None, 3) == 5.0

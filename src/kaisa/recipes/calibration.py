@@ -4,7 +4,8 @@
     all ranks at once   the same product and decomposition again: how much they are in each other's way
     all ranks together  exchanges and sums, small and large, among two and among all
 
-Of every measurement the fastest repetition counts, because other work on the machine can only add to it. The smallest
+Of what one rank does the fastest repetition counts, because other work on the machine can only add to it; of what ranks
+do together the middle one, because they wait for each other in training too. The smallest
 sizes tell what a call costs, the largest what the machine can do. A size that would take too long is left out; the
 profile goes on from the largest there is.
 """
@@ -20,6 +21,7 @@ from datetime import date
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,8 @@ BATCH = 16
 DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
 CUDA_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SOLVERS = ("eigen", "cholesky", "warm_eigen")
+
+_WHILES = 4  # in which all ranks compute, of which the least disturbed counts
 
 Report = Callable[[str], None]
 
@@ -281,22 +285,17 @@ def _meet(ranks: Collectives, device: torch.device) -> None:
 
 
 def _measure_contention(ranks: Collectives, device: torch.device, effort: Effort) -> Table:
-    """Return by how much work takes longer when all ranks compute; 1 for one rank."""
-    world = ranks.world_size
-    if world == 1:
-        return ((1.0, 1.0),)
+    """Return by how much work takes longer when so many ranks of a node compute, for one, two, four and so on.
+
+    Of the kinds of work the middle: nobody's step is of one kind.
+    """
     runs = _loads(device, effort)
-    alone = [fastest(run, device, effort.seconds) if ranks.rank == 0 else 0.0 for run in runs]
-    _meet(ranks, device)
-    together = []
-    for run in runs:
-        _meet(ranks, device)
-        together.append(_mean_seconds(run, device, effort.seconds))
-    everybody = tuple(range(world))
-    sums = ranks.total("calibration", everybody, torch.tensor([*alone, *together], device=device)).tolist()
-    slower = [after / world / before for before, after in zip(sums[: len(runs)], sums[len(runs) :], strict=True)]
-    # Of the kinds of work the middle: nobody's step is of one kind.
-    return ((1.0, 1.0), (float(world), max(1.0, prod(slower) ** (1 / len(slower)))))
+    counts = [2**power for power in range((ranks.world_size - 1).bit_length())] + [ranks.world_size]
+    spent = [[_together(ranks, count, run, device, effort.seconds / 4) for run in runs] for count in counts]
+    slower = [prod(after / before for after, before in zip(row, spent[0], strict=True)) for row in spent]
+    return tuple(
+        (float(count), max(1.0, ratio ** (1 / len(runs)))) for count, ratio in zip(counts, slower, strict=True)
+    )
 
 
 def _loads(device: torch.device, effort: Effort) -> list[Callable[[], object]]:
@@ -307,8 +306,21 @@ def _loads(device: torch.device, effort: Effort) -> list[Callable[[], object]]:
     return [lambda: left @ right, lambda: solver.decompose(factor, False, shift, None)]
 
 
+def _together(ranks: Collectives, count: int, run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Return the mean seconds of a run while the first so many ranks are at it: of several whiles, of the fastest.
+
+    The fastest of each rank would be one at which the others were not.
+    """
+    means = []
+    for _ in range(_WHILES):
+        _meet(ranks, device)
+        own = torch.tensor([_mean_seconds(run, device, seconds) if ranks.rank < count else 0.0], device=device)
+        means.append(ranks.total("calibration", tuple(range(ranks.world_size)), own) / count)
+    return float(torch.cat(means).min())
+
+
 def _mean_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the mean of runs for a while, so that all ranks are at it at the same time."""
+    """Return the mean of runs for a while."""
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         run()
@@ -363,8 +375,8 @@ class _Bench:
         """Small messages tell the latency, large ones of one rank its bandwidth, of all what they share in a node."""
         latency, per_peer = self._latencies(self._exchange)
         small = latency + per_peer * self._peers
-        one = self._seconds(self.groups, lambda group: self._exchange(group, numbers, senders=self.groups[0][:1]), 5)
-        all_at_once = self._seconds(self.groups, lambda group: self._exchange(group, numbers), 5)
+        one = self._seconds(self.groups, lambda group: self._exchange(group, numbers, senders=self.groups[0][:1]), 9)
+        all_at_once = self._seconds(self.groups, lambda group: self._exchange(group, numbers), 9)
         bandwidth = 4 * numbers / max(one - small, 1e-9)
         together = 4 * numbers * per_node / max(all_at_once - small, 1e-9)
         return Link(latency, per_peer, bandwidth, together if together < per_node * bandwidth else None)
@@ -372,7 +384,7 @@ class _Bench:
     def total_link(self, numbers: int) -> Link:
         """Small messages tell the latency, large ones the bandwidth, in bytes of the tensor that is summed."""
         latency, per_peer = self._latencies(self._total)
-        large = self._seconds(self.groups, lambda group: self._total(group, numbers), 5)
+        large = self._seconds(self.groups, lambda group: self._total(group, numbers), 9)
         return Link(latency, per_peer, 4 * numbers / max(large - latency - per_peer * self._peers, 1e-9))
 
     @property
@@ -391,14 +403,18 @@ class _Bench:
     def _seconds(
         self, groups: Sequence[tuple[int, ...]], collective: Callable[[tuple[int, ...]], None], repeats: int
     ) -> float:
-        """Return the seconds of the fastest of several collectives that begin at the same time on all ranks."""
+        """Return the middle of the seconds of collectives that begin at the same time on all ranks.
+
+        Not the fastest: that ranks are not all ready at once is part of what a collective costs.
+        """
         mine = [group for group in groups if self.ranks.rank in group]
-        best = float("inf")
-        for _ in range(repeats):
+        seconds = [float("inf")]
+        for number in range(repeats):
             _meet(self.ranks, self.device)
             if mine:
-                best = min(best, _timed(lambda: collective(mine[0]), self.device))
-        return best
+                taken = _timed(lambda: collective(mine[0]), self.device)
+                seconds = [*seconds, taken] if number else [taken]
+        return median(seconds)
 
     def _exchange(self, group: tuple[int, ...], numbers: int, senders: Sequence[int] | None = None) -> None:
         """Send so many numbers, in equal parts to all others of the group; of all ranks or of some."""
