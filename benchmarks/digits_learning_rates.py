@@ -50,7 +50,7 @@ def build_table(results: list[Result]) -> Table:
             f"{result.learning_rate:g}",
             f"{result.reached} of {result.runs}",
             f"{result.epochs:g}",
-            f"{result.accuracy:.1%}",
+            f"{result.score:.1%}",
         )
     return table
 

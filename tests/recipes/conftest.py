@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kaisa.recipes.batches import Batches, Normalizer
+from kaisa.recipes.batches import ImageBatches, ImageTests, Normalizer
 from kaisa.recipes.images import Images, read_images
+from kaisa.recipes.models import build_model
+from kaisa.recipes.tasks import CLASSIFICATION, Lesson
 
 CLASSES = {"cat": 7, "dog": 9, "eel": 8}
 
@@ -59,5 +62,13 @@ def images(folder: Path) -> Images:
 
 
 @pytest.fixture
-def batches(images: Images) -> Batches:
-    return Batches(images, Normalizer.fit(images), size=4, augment=True, seed=3)
+def batches(images: Images) -> ImageBatches:
+    return ImageBatches(images, Normalizer.fit(images), size=4, augment=True, seed=3)
+
+
+@pytest.fixture
+def lesson(batches: ImageBatches) -> Lesson:
+    """Learn and test on the same images."""
+    images = batches.images
+    build = partial(build_model, "cnn", images.shape, len(images.classes))
+    return Lesson(CLASSIFICATION, batches, ImageTests(images, batches.normalize), build)

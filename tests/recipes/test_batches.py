@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kaisa.recipes.batches import BORDER, Batches, Normalizer, mirror, shift
+from kaisa.recipes.batches import BORDER, ImageBatches, Normalizer, mirror, shift
 from kaisa.recipes.images import Images
 
 
-def collect(batches: Batches, epoch: int) -> torch.Tensor:
+def collect(batches: ImageBatches, epoch: int) -> torch.Tensor:
     return torch.cat([inputs for inputs, _ in batches.epoch(epoch)])
 
 
@@ -19,13 +19,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def test_an_epoch_is_a_function_of_seed_and_number(batches: Batches) -> None:
+def test_an_epoch_is_a_function_of_seed_and_number(batches: ImageBatches) -> None:
     assert torch.equal(collect(batches, 2), collect(replace(batches), 2))
     assert not torch.equal(collect(batches, 2), collect(batches, 3))
     assert not torch.equal(collect(batches, 2), collect(replace(batches, seed=4), 2))
 
 
-def test_the_global_generator_has_no_part_in_it(batches: Batches) -> None:
+def test_the_global_generator_has_no_part_in_it(batches: ImageBatches) -> None:
     torch.manual_seed(1)
     expected, state = collect(batches, 0), torch.get_rng_state()
     torch.manual_seed(2)
@@ -36,7 +36,7 @@ def test_the_global_generator_has_no_part_in_it(batches: Batches) -> None:
 
 
 def test_an_epoch_shows_each_image_once_with_its_label(images: Images) -> None:
-    plain = Batches(images, Normalizer.fit(images), size=8, augment=False, seed=0)
+    plain = ImageBatches(images, Normalizer.fit(images), size=8, augment=False, seed=0)
     assert len(plain) == 3
     inputs = collect(plain, 0)
     labels = torch.cat([labels for _, labels in plain.epoch(0)])
@@ -47,7 +47,7 @@ def test_an_epoch_shows_each_image_once_with_its_label(images: Images) -> None:
 
 
 def test_what_fills_no_batch_is_left_for_other_epochs(images: Images) -> None:
-    batches = Batches(images, Normalizer.fit(images), size=10, augment=False, seed=0)
+    batches = ImageBatches(images, Normalizer.fit(images), size=10, augment=False, seed=0)
     assert [len(labels) for _, labels in batches.epoch(0)] == [10, 10]
 
 

@@ -27,7 +27,7 @@ from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import FactorShape, LayerShape, place
 from kaisa.kfac.routes import Routes
-from kaisa.recipes.batches import Batches
+from kaisa.recipes.batches import ImageBatches
 from kaisa.recipes.distributed import (
     account_of,
     build_accounts,
@@ -207,7 +207,7 @@ def test_what_cannot_be_placed_is_refused(arguments: tuple[str, int], message: s
         build_accounts(*arguments)
 
 
-def test_the_parts_of_all_ranks_are_the_batches_of_one(batches: Batches) -> None:
+def test_the_parts_of_all_ranks_are_the_batches_of_one(batches: ImageBatches) -> None:
     def joined(pick: Callable[[tuple[Tensor, Tensor]], Tensor]) -> list[Tensor]:
         parts = [[pick(batch) for batch in replace(batches, rank=rank, ranks=2).epoch(1)] for rank in range(2)]
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]

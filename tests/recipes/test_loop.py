@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from torch.nn import functional
 
 from kaisa.errors import StateError
-from kaisa.recipes.batches import Batches
+from kaisa.recipes.batches import ImageBatches
 from kaisa.recipes.contestants import Contestant, Preconditioning
 from kaisa.recipes.loop import Training, evaluate, load, save, warm_up
-from kaisa.recipes.models import build_model
+from kaisa.recipes.tasks import Lesson
 
 EPOCHS = 4
 PRECONDITIONINGS = {
@@ -37,13 +36,12 @@ def contestant(request: pytest.FixtureRequest) -> Contestant:
 
 
 @pytest.fixture
-def start(contestant: Contestant, batches: Batches) -> Iterator[Start]:
+def start(contestant: Contestant, lesson: Lesson) -> Iterator[Start]:
     """Start trainings that are closed at the end of the test."""
-    build = partial(build_model, "cnn", batches.images.shape, 3)
     started: list[Training] = []
 
     def begin() -> Training:
-        started.append(Training.start(contestant, batches, batches.images, EPOCHS, build))
+        started.append(Training.start(contestant, lesson, EPOCHS))
         return started[-1]
 
     yield begin
@@ -53,7 +51,7 @@ def start(contestant: Contestant, batches: Batches) -> Iterator[Start]:
 
 def figures(training: Training) -> list[tuple[float, ...]]:
     """Return all of the history but its seconds."""
-    return [(e.number, e.train_loss, e.train_accuracy, e.test_loss, e.test_accuracy) for e in training.history]
+    return [(e.number, e.train_loss, e.train_score, e.test_loss, e.test_score) for e in training.history]
 
 
 def weights(training: Training) -> torch.Tensor:
@@ -89,7 +87,7 @@ def test_a_resumed_training_is_the_one_that_was_never_stopped(start: Start, tmp_
 
 def test_training_lowers_the_loss(start: Start) -> None:
     training = start()
-    before, _ = evaluate(training.model, training.batches, training.test)
+    before, _ = evaluate(training.model, training.lesson).means()
     for _ in range(EPOCHS):
         training.epoch()
     assert training.history[-1].test_loss < before
@@ -102,22 +100,21 @@ def test_warming_up_leaves_no_trace_on_a_training(start: Start) -> None:
     assert replace(warmed.epoch(), seconds=0) == replace(expected, seconds=0)
 
 
-def test_contestants_start_from_the_same_weights(batches: Batches) -> None:
-    build = partial(build_model, "cnn", batches.images.shape, 3)
-    started = [
-        Training.start(contestant, batches, batches.images, EPOCHS, build) for contestant in PRECONDITIONINGS.values()
-    ]
+def test_contestants_start_from_the_same_weights(lesson: Lesson) -> None:
+    started = [Training.start(contestant, lesson, EPOCHS) for contestant in PRECONDITIONINGS.values()]
     for training in started:
         training.close()
     assert all(torch.equal(weights(training), weights(started[0])) for training in started)
 
 
-def test_evaluation_counts_every_image_once(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kaisa.recipes.loop.EVALUATED_AT_ONCE", 7)
-    model = build_model("cnn", batches.images.shape, 3)
+def test_evaluation_counts_every_image_once(
+    batches: ImageBatches, lesson: Lesson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kaisa.recipes.batches.EVALUATED_AT_ONCE", 7)
+    model = lesson.build()
     outputs = model(batches.normalize(batches.images.pixels)).detach()
     labels = batches.images.labels
-    loss, accuracy = evaluate(model, batches, batches.images)
+    loss, (accuracy,) = evaluate(model, lesson).means()
     assert loss == pytest.approx(float(functional.cross_entropy(outputs, labels)), rel=1e-5)
     assert accuracy == pytest.approx(float((outputs.argmax(1) == labels).float().mean()))
 
@@ -127,7 +124,7 @@ def test_the_watcher_hears_the_running_means(start: Start) -> None:
     training = start()
     epoch = training.epoch(lambda loss, accuracy: told.append((loss, accuracy)))
     assert len(told) == len(training.batches)
-    assert told[-1] == (epoch.train_loss, epoch.train_accuracy)
+    assert told[-1] == (epoch.train_loss, epoch.train_score)
 
 
 def test_seconds_add_up_over_epochs(start: Start) -> None:
@@ -136,10 +133,10 @@ def test_seconds_add_up_over_epochs(start: Start) -> None:
     assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
-def test_the_checkpoint_of_another_contestant_is_refused(start: Start, batches: Batches, tmp_path: Path) -> None:
+def test_the_checkpoint_of_another_contestant_is_refused(start: Start, tmp_path: Path) -> None:
     save(start(), tmp_path / "checkpoint.pt")
     other = start()
-    other.batches = replace(batches, seed=batches.seed + 1)
+    other.lesson = replace(other.lesson, batches=replace(other.batches, seed=other.batches.seed + 1))
     with pytest.raises(StateError, match=r"the checkpoint is of .* 3.*, expected .* 4"):
         load(other, tmp_path / "checkpoint.pt")
 
@@ -160,3 +157,17 @@ def test_an_interrupted_save_keeps_the_last_checkpoint(
         save(training, tmp_path / "checkpoint.pt")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2  # the checkpoint and the folder of images
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd + K-FAC"])
+def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_in_float32(name: str, lesson: Lesson) -> None:
+    mixed = replace(lesson, dtype=torch.bfloat16)
+    trainings = [Training.start(PRECONDITIONINGS[name], each, EPOCHS) for each in (lesson, mixed)]
+    inputs, targets = next(lesson.batches.epoch(0))
+    plain, rough = (training.step(inputs, targets) for training in trainings)
+    for training in trainings:
+        training.close()
+    assert (plain[1].dtype, rough[1].dtype) == (torch.float32, torch.bfloat16)
+    assert rough[0].dtype == torch.float32
+    assert all(weight.dtype == torch.float32 for weight in trainings[1].model.parameters())
+    torch.testing.assert_close(rough[0], plain[0], rtol=2e-2, atol=0)

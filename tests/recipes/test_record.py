@@ -32,7 +32,7 @@ def test_a_record_says_all_that_its_figures_depend_on(record: Record, tmp_path: 
     assert value["options"]["seed"] == 0
     assert value["options"]["preconditioning"]["damping"] > 0
     assert [run["contestant"] for run in value["runs"]] == ["sgd", "sgd + K-FAC"]
-    assert [epoch["test_accuracy"] for epoch in value["runs"][1]["epochs"]] == [0.7, 0.95]
+    assert [epoch["test_score"] for epoch in value["runs"][1]["epochs"]] == [0.7, 0.95]
 
 
 def test_a_diverged_loss_is_null_in_the_file_and_not_a_number_again(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_run_takes_the_place_of_its_earlier_self(record: Record) -> None:
         (None, "no run to resume in .*: record.json is missing"),
         ("{", "damaged; start the run anew"),
         ("[]", "is not a record of kaisa train"),
-        ('{"format": 99, "kind": "kaisa train"}', "is not a record of kaisa train in format 1"),
+        ('{"format": 99, "kind": "kaisa train"}', "is not a record of kaisa train in format 2"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None, message: str) -> None:

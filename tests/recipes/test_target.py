@@ -45,7 +45,7 @@ def test_the_median_over_seeds_counts_and_a_failed_run_as_infinite() -> None:
     (result,) = summarize(make_record(*runs, repeats=3))
     assert (result.runs, result.reached) == (3, 2)
     assert (result.epochs, result.seconds) == (2, 6.0)
-    assert result.accuracy == 0.92
+    assert result.score == 0.92
     assert result.step_seconds == pytest.approx(0.2)
     (result,) = summarize(make_record(runs[0], runs[2], repeats=2))
     assert (result.epochs, result.seconds) == (math.inf, math.inf)

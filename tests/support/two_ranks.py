@@ -12,12 +12,13 @@ import torch
 
 from kaisa.kfac import solvers
 from kaisa.kfac.collectives import Collectives, join_world, leave_world
-from kaisa.recipes.batches import Batches, Normalizer
+from kaisa.recipes.batches import ImageBatches, ImageTests, Normalizer
 from kaisa.recipes.contestants import Contestant, Preconditioning
 from kaisa.recipes.distributed import account_of
 from kaisa.recipes.images import Images
 from kaisa.recipes.loop import Training, load, save
 from kaisa.recipes.models import build_model
+from kaisa.recipes.tasks import CLASSIFICATION, Lesson
 
 EPOCHS = 3
 
@@ -26,10 +27,12 @@ def start(ranks: Collectives, fraction: float) -> Training:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (24, 3, 8, 8), generator=generator, dtype=torch.uint8)
     images = Images(pixels, torch.arange(24) % 3, ("cat", "dog", "eel"))
-    batches = Batches(images, Normalizer.fit(images), 8, True, 3, rank=ranks.rank, ranks=ranks.world_size)
+    batches = ImageBatches(images, Normalizer.fit(images), 8, True, 3, rank=ranks.rank, ranks=ranks.world_size)
     options = Preconditioning(0.03, 2, 4, grad_worker_fraction=fraction)
     contestant = Contestant("sgd", 0.05, preconditioning=options)
-    return Training.start(contestant, batches, images, EPOCHS, partial(build_model, "cnn", (3, 8, 8), 3), ranks)
+    build = partial(build_model, "cnn", (3, 8, 8), 3)
+    lesson = Lesson(CLASSIFICATION, batches, ImageTests(images, batches.normalize), build)
+    return Training.start(contestant, lesson, EPOCHS, ranks)
 
 
 def resumes_to_the_bit(ranks: Collectives, fraction: float, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""How images come in batches and how they are varied: a pure function of seed and epoch, as `kaisa.recipes.order` says."""
+"""How images come in batches and how they are varied, in the order that `kaisa.recipes.order` draws."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 from kaisa.recipes.images import Images
 from kaisa.recipes.masks import MaskedImages
 from kaisa.recipes.order import epoch_generator, part_of, whole_batches
+from kaisa.recipes.tasks import Example
 
 CPU = torch.device("cpu")
 BORDER = 4  # pixels that a crop may be shifted by, as He et al. 2016 do on CIFAR-10
@@ -46,8 +47,11 @@ class Normalizer:
         return (pixels.float() - self.mean) / self.deviation
 
 
+EVALUATED_AT_ONCE = 1000
+
+
 @dataclass(frozen=True)
-class Batches:
+class ImageBatches:
     """The batches of every epoch; the images that fill no whole batch wait for another epoch.
 
     Attributes:
@@ -69,10 +73,14 @@ class Batches:
     rank: int = 0
     ranks: int = 1
 
+    @property
+    def terms(self) -> None:
+        """The loss has one term for each image."""
+
     def __len__(self) -> int:
         return len(self.images) // self.size
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int) -> Iterator[Example]:
         """Yield inputs and labels of one epoch, counted from 0."""
         generator = epoch_generator(self.seed, number)
         for rows in whole_batches(len(self.images), self.size, generator):
@@ -84,6 +92,26 @@ class Batches:
 
     def _part(self, batch: Tensor) -> Tensor:
         return part_of(batch, self.rank, self.ranks)
+
+
+@dataclass(frozen=True)
+class ImageTests:
+    """Images as they are, in order.
+
+    Attributes:
+        images: what is tested on.
+        normalize: from bytes to the model's input.
+        device: where they are used.
+    """
+
+    images: Images
+    normalize: Normalizer
+    device: torch.device = CPU
+
+    def __iter__(self) -> Iterator[Example]:
+        for rows in torch.arange(len(self.images)).split(EVALUATED_AT_ONCE):
+            inputs = self.normalize(self.images.pixels[rows]).to(self.device)
+            yield inputs, self.images.labels[rows].to(self.device)
 
 
 def shift(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,24 +9,21 @@ was done and the checkpoint of the last whole epoch; `compare` goes on from ther
 from __future__ import annotations
 
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.kfac.collectives import Alone, Collectives
-from kaisa.recipes.batches import Batches, Normalizer
 from kaisa.recipes.contestants import Contestant
 from kaisa.recipes.data import Data
 from kaisa.recipes.files import written_whole
 from kaisa.recipes.loop import Training, load, save, warm_up
 from kaisa.recipes.memory import measure_peak_memory, reset_peak_memory
-from kaisa.recipes.models import build_model
 from kaisa.recipes.options import Options
 from kaisa.recipes.record import Record, Run
+from kaisa.recipes.tasks import Lesson
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -37,7 +34,7 @@ class Watcher(Protocol):
     def begin(self, training: Training) -> None:
         """Hear that a run begins or goes on."""
 
-    def step(self, loss: float, accuracy: float) -> None:
+    def step(self, loss: float, score: float) -> None:
         """Hear the means over the epoch so far."""
 
     def epoch(self, training: Training) -> None:
@@ -71,42 +68,33 @@ def check_folder(folder: Path) -> None:
 def check_same_data(record: Record, data: Data) -> None:
     """Raise StateError unless the data are those that the record began with."""
     if record.data["digest"] != data.describe()["digest"]:
-        raise StateError("the images are not those that the run began with; start a new run")
+        raise StateError("the data are not those that the run began with; start a new run")
 
 
 def compare(record: Record, data: Data, folder: Path, watcher: Watcher, ranks: Collectives | None = None) -> None:
     """Run what the record does not have yet; ``ranks`` reaches the other processes that do the same."""
     ranks = ranks or Alone()
-    normalize = Normalizer.fit(data.train)
     for seed in record.options.seeds:
-        batches = _make_batches(record.options, data, normalize, seed, ranks)
+        lesson = data.lesson(record.options, seed, ranks.rank, ranks.world_size)
         for contestant in record.options.build_contestants():
             if not record.is_finished(contestant.name, seed):
-                _run(contestant, batches, data, record, folder, watcher, ranks)
+                _run(contestant, lesson, record, folder, watcher, ranks)
     if ranks.rank == 0:
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def _make_batches(options: Options, data: Data, normalize: Normalizer, seed: int, ranks: Collectives) -> Batches:
-    device = torch.device(options.device)
-    part = ranks.rank, ranks.world_size
-    return Batches(data.train, normalize, options.batch_size, options.augment, seed, device, *part)
-
-
 def _run(
     contestant: Contestant,
-    batches: Batches,
-    data: Data,
+    lesson: Lesson,
     record: Record,
     folder: Path,
     watcher: Watcher,
     ranks: Collectives,
 ) -> None:
-    build = partial(build_model, record.options.model, data.train.shape, len(data.train.classes))
-    start = partial(Training.start, contestant, batches, data.test, record.options.epochs, build, ranks)
-    warm_up(start())
+    epochs, batches = record.options.epochs, lesson.batches
+    warm_up(Training.start(contestant, lesson, epochs, ranks))
     reset_peak_memory(batches.device)
-    with closing(start()) as training:
+    with closing(Training.start(contestant, lesson, epochs, ranks)) as training:
         if _is_under_way(record, contestant, batches.seed):
             load(training, folder / CHECKPOINT)
             _keep(training, record, folder)
@@ -130,9 +118,8 @@ def _keep(training: Training, record: Record, folder: Path) -> None:
         return
     if training.is_finished:
         name = f"{training.contestant.slug}-seed{training.batches.seed}.safetensors"
-        weights = {key: value.contiguous() for key, value in training.model.state_dict().items()}
         with written_whole(folder / name) as path:
-            save_file(weights, path)
+            save_model(training.model, str(path))  # unlike save_file it writes a tied weight once
     record.write(folder)
 
 

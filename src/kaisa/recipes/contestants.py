@@ -118,9 +118,22 @@ class Contestant:
         return OPTIMIZERS[self.optimizer](model.parameters(), **options)  # type: ignore[arg-type]
 
     def build_preconditioner(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, ranks: Collectives | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        ranks: Collectives | None = None,
+        loss_terms: int | None = None,
     ) -> kaisa.KFACPreconditioner | None:
-        """Make the preconditioner, or None for a first-order contestant; ``ranks`` reaches the other processes."""
+        """Make the preconditioner, or None for a first-order contestant.
+
+        Args:
+            model: what is trained, perhaps wrapped.
+            optimizer: of its parameters.
+            seed: of what is random.
+            ranks: reaches the other processes.
+            loss_terms: terms of the loss in one batch of this rank; None for one for each example.
+        """
         options = self.preconditioning
         if options is None:
             return None
@@ -137,6 +150,7 @@ class Contestant:
             grad_worker_fraction=options.grad_worker_fraction,
             memory_budget=options.memory_budget,
             collectives=ranks,
+            loss_terms=loss_terms,
         )
 
 

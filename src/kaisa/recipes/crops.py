@@ -47,8 +47,13 @@ class Crops:
     @property
     def count(self) -> int:
         """How many crops an epoch has, before what fills no batch is left out."""
-        _, height, width = self.images.shape
-        return len(self.images) * -(-height // self.side) * -(-width // self.side)
+        return self.count_of(self.images, self.side)
+
+    @staticmethod
+    def count_of(images: MaskedImages, side: int) -> int:
+        """Return how many crops cover all images."""
+        _, height, width = images.shape
+        return len(images) * -(-height // side) * -(-width // side)
 
     def __len__(self) -> int:
         return self.count // self.size

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kaisa.errors import DataError
+import torch
+from torch import Tensor, nn
+
+from kaisa.errors import ConfigurationError, DataError
+from kaisa.recipes.batches import ImageBatches, ImageTests, Normalizer
+from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, find_model
+from kaisa.recipes.crops import Crops, WholeImages
 from kaisa.recipes.digits import read_digits
 from kaisa.recipes.images import (
     Images,
@@ -17,13 +25,36 @@ from kaisa.recipes.images import (
     match_images,
     read_images,
 )
+from kaisa.recipes.masks import MaskedImages, read_masked_images, split_masked_images
 from kaisa.recipes.options import Options
+from kaisa.recipes.sequences import Sequences, TestSequences
+from kaisa.recipes.tasks import MASKED_TOKEN, Lesson
+from kaisa.recipes.text import Text, read_text
+from kaisa.recipes.unet import GRAIN
 
 HELD_OUT = 0.2  # the share of the images that are tested on, where there are no others
+SEQUENCES_AT_ONCE = 64
+
+
+class Data(Protocol):
+    """What is learned from and tested on."""
+
+    @property
+    def source(self) -> str:
+        """Where the data come from, in words."""
+
+    def __len__(self) -> int:
+        """Return how many examples an epoch has to make batches of."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record says of the data; the digest tells whether they are the same."""
+
+    def lesson(self, options: Options, seed: int, rank: int = 0, ranks: int = 1) -> Lesson:
+        """Return what one of several ranks learns with a seed."""
 
 
 @dataclass(frozen=True)
-class Data:
+class ImageData:
     """Images to learn from and images to test on.
 
     Attributes:
@@ -36,36 +67,136 @@ class Data:
     test: Images
     source: str
 
+    def __len__(self) -> int:
+        return len(self.train)
+
     def describe(self) -> dict[str, Any]:
-        """Return what a record says of the data; the digest tells whether they are the same."""
         return {
             "source": self.source,
             "classes": list(self.train.classes),
             "shape": list(self.train.shape),
             "train_images": len(self.train),
             "test_images": len(self.test),
-            "digest": _digest(self.train, self.test),
+            "digest": _digest(self.train.pixels, self.train.labels, self.test.pixels, self.test.labels),
         }
+
+    def lesson(self, options: Options, seed: int, rank: int = 0, ranks: int = 1) -> Lesson:
+        device, normalize = torch.device(options.device), Normalizer.fit(self.train)
+        batches = ImageBatches(self.train, normalize, options.batch_size, options.augment, seed, device, rank, ranks)
+        return Lesson(
+            options.task,
+            batches,
+            ImageTests(self.test, normalize, device),
+            _builder(options, self.train.shape, len(self.train.classes)),
+            options.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class MaskedImageData:
+    """Images with masks to learn from and to test on.
+
+    Attributes:
+        train: for learning, in crops.
+        test: for testing, whole.
+        source: where they come from, in words.
+        crops: how many crops an epoch has.
+    """
+
+    train: MaskedImages
+    test: MaskedImages
+    source: str
+    crops: int
+
+    def __len__(self) -> int:
+        return self.crops
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "shape": list(self.train.shape),
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "object": self.test.masks.float().mean().item(),
+            "digest": _digest(self.train.pixels, self.train.masks, self.test.pixels, self.test.masks),
+        }
+
+    def lesson(self, options: Options, seed: int, rank: int = 0, ranks: int = 1) -> Lesson:
+        device, normalize = torch.device(options.device), Normalizer.fit(self.train)
+        crops = Crops(
+            self.train, normalize, _given(options.crop), options.batch_size, options.augment, seed, device, rank, ranks
+        )
+        tests = WholeImages(self.test, normalize, GRAIN, device)
+        return Lesson(options.task, crops, tests, _builder(options, self.train.shape), options.dtype)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text to learn from and to test on.
+
+    Attributes:
+        text: both, as tokens.
+        positions: of a sequence.
+    """
+
+    text: Text
+    positions: int
+
+    @property
+    def source(self) -> str:
+        return self.text.source
+
+    def __len__(self) -> int:
+        return max(0, len(self.text.train) // self.positions - 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "unit": self.text.vocabulary.unit,
+            "vocabulary": len(self.text.vocabulary),
+            "train_tokens": len(self.text.train),
+            "test_tokens": len(self.text.test),
+            "unknown_in_test": (self.text.test == self.text.vocabulary.unknown).float().mean().item(),
+            "digest": _digest(self.text.train, self.text.test),
+        }
+
+    def lesson(self, options: Options, seed: int, rank: int = 0, ranks: int = 1) -> Lesson:
+        device, is_masked = torch.device(options.device), options.task is MASKED_TOKEN
+        text, words, length = self.text, self.text.vocabulary, self.positions
+        batches = Sequences(text.train, words, length, options.batch_size, is_masked, seed, device, rank, ranks)
+        tests = TestSequences(text.test, words, length, SEQUENCES_AT_ONCE, is_masked, device)
+        return Lesson(options.task, batches, tests, _builder(options, len(words), length), options.dtype)
 
 
 def read_data(options: Options, progress: Progress | None = None) -> Data:
-    """Read the images that the options name.
+    """Read the data that the options name.
 
     Raises:
         DataError: they are missing or unreadable, or too few to fill a batch.
     """
-    data = _read_images(options, progress) if options.data is not None else _read_digits(options)
-    if len(data.train) < options.batch_size:
+    data = _readers(options)(options, progress)
+    if len(data) < options.batch_size:
         raise DataError(
-            f"batch-size is {options.batch_size}, but there are {len(data.train)} images to learn "
+            f"batch-size is {options.batch_size}, but there are {len(data)} {_examples(data)} to learn "
             "from; give a smaller one"
         )
     return data
 
 
-def _read_digits(options: Options) -> Data:
+def _readers(options: Options) -> Callable[[Options, Progress | None], Data]:
+    kind = options.known_recipe.kind
+    if kind == IMAGES:
+        return _read_digits if options.data is None else _read_images
+    return _read_masked_images if kind == MASKED_IMAGES else _read_text
+
+
+def _examples(data: Data) -> str:
+    return {ImageData: "images", MaskedImageData: "crops"}.get(type(data), "sequences")
+
+
+def _read_digits(options: Options, progress: Progress | None) -> Data:
     train, test = hold_out(read_digits(), HELD_OUT, options.seed)
-    return Data(train, test, "the handwritten digits of scikit-learn, a fifth held out for testing")
+    return ImageData(train, test, "the handwritten digits of scikit-learn, a fifth held out for testing")
 
 
 def _read_images(options: Options, progress: Progress | None) -> Data:
@@ -75,14 +206,52 @@ def _read_images(options: Options, progress: Progress | None) -> Data:
     images = read_images(path, options.image_size, progress)
     if test_path is None:
         train, test = hold_out(images, HELD_OUT, options.seed)
-        return Data(train, test, f"{path.name}, a fifth held out for testing")
+        return ImageData(train, test, f"{path.name}, a fifth held out for testing")
     test = match_images(read_images(test_path, options.image_size, progress), images)
-    return Data(images, test, f"{path.name}, tested on {test_path.name}")
+    return ImageData(images, test, f"{path.name}, tested on {test_path.name}")
 
 
-def _digest(*parts: Images) -> str:
+def _read_masked_images(options: Options, progress: Progress | None) -> Data:
+    path, side = Path(str(options.data)), _given(options.crop)
+    images = read_masked_images(path, progress)
+    _check_crop(side, images.shape)
+    if options.test_data is None:
+        train, test = split_masked_images(images, HELD_OUT, options.seed)
+        source = f"{path.name}, a fifth held out for testing"
+    else:
+        train, test = images, read_masked_images(Path(options.test_data), progress)
+        source = f"{path.name}, tested on {Path(options.test_data).name}"
+        if test.shape[0] != train.shape[0]:
+            raise DataError(f"test images have {test.shape[0]} channels, training images {train.shape[0]}; make equal")
+    return MaskedImageData(train, test, source, Crops.count_of(train, side))
+
+
+def _check_crop(side: int, shape: tuple[int, int, int]) -> None:
+    if side % GRAIN:
+        raise ConfigurationError(f"crop is {side}; give a multiple of {GRAIN}, which the network halves four times")
+    if side > min(shape[1:]):
+        raise DataError(f"crop is {side}, but the images have {shape[2]}x{shape[1]} pixels; give --crop")
+
+
+def _read_text(options: Options, progress: Progress | None) -> Data:
+    path = Path(str(options.data))
+    text = read_text(path, str(options.unit), _given(options.vocabulary))
+    return TextData(text, _given(options.positions))
+
+
+def _given(value: int | None) -> int:
+    """Return an option that the recipe has a preset for."""
+    if value is None:
+        raise ConfigurationError("an option of the recipe is missing; make options by Options.complete")
+    return value
+
+
+def _builder(options: Options, *sizes: object) -> Callable[[], nn.Module]:
+    return partial(find_model(options.recipe, options.model), *sizes)
+
+
+def _digest(*parts: Tensor) -> str:
     digest = hashlib.sha256()
-    for images in parts:
-        digest.update(images.pixels.contiguous().numpy().data)
-        digest.update(images.labels.numpy().data)
+    for part in parts:
+        digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()

@@ -71,24 +71,26 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 class ImageNetResNet(nn.Module):
     """A stem, four stages of blocks and a linear head."""
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: Sequence[int], classes: int = 1000) -> None:
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], depths: Sequence[int], classes: int = 1000, channels: int = 3
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(channels, WIDTHS[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = WIDTHS[0]
+        inputs = WIDTHS[0]
         for index, (width, depth) in enumerate(zip(WIDTHS, depths, strict=True)):
             blocks = []
             for first in [True] + [False] * (depth - 1):
-                blocks.append(block(channels, width, 2 if first and index > 0 else 1))
-                channels = block.expansion * width
+                blocks.append(block(inputs, width, 2 if first and index > 0 else 1))
+                inputs = block.expansion * width
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, classes)
+        self.fc = nn.Linear(inputs, classes)
         initialize_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the scores (batch, classes) of images (batch, 3, height, width)."""
+        """Return the scores (batch, classes) of images (batch, channels, height, width)."""
         x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
         for index in range(len(WIDTHS)):
             x = self.get_submodule(f"layer{index + 1}")(x)
@@ -96,21 +98,21 @@ class ImageNetResNet(nn.Module):
         return scores
 
 
-def resnet18() -> nn.Module:
-    """Build ResNet-18: 11.69 million parameters."""
-    return ImageNetResNet(BasicBlock, (2, 2, 2, 2))
+def resnet18(classes: int = 1000, channels: int = 3) -> nn.Module:
+    """Build ResNet-18: 11.69 million parameters with 1000 classes."""
+    return ImageNetResNet(BasicBlock, (2, 2, 2, 2), classes, channels)
 
 
-def resnet50() -> nn.Module:
-    """Build ResNet-50: 25.56 million parameters."""
-    return ImageNetResNet(Bottleneck, (3, 4, 6, 3))
+def resnet50(classes: int = 1000, channels: int = 3) -> nn.Module:
+    """Build ResNet-50: 25.56 million parameters with 1000 classes."""
+    return ImageNetResNet(Bottleneck, (3, 4, 6, 3), classes, channels)
 
 
-def resnet101() -> nn.Module:
-    """Build ResNet-101: 44.55 million parameters."""
-    return ImageNetResNet(Bottleneck, (3, 4, 23, 3))
+def resnet101(classes: int = 1000, channels: int = 3) -> nn.Module:
+    """Build ResNet-101: 44.55 million parameters with 1000 classes."""
+    return ImageNetResNet(Bottleneck, (3, 4, 23, 3), classes, channels)
 
 
-def resnet152() -> nn.Module:
-    """Build ResNet-152: 60.19 million parameters."""
-    return ImageNetResNet(Bottleneck, (3, 8, 36, 3))
+def resnet152(classes: int = 1000, channels: int = 3) -> nn.Module:
+    """Build ResNet-152: 60.19 million parameters with 1000 classes."""
+    return ImageNetResNet(Bottleneck, (3, 8, 36, 3), classes, channels)

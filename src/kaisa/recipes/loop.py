@@ -22,23 +22,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import kaisa
 from kaisa.errors import StateError
 from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.optim import AdaHessian
-from kaisa.recipes.batches import Batches
 from kaisa.recipes.contestants import Contestant, learning_rate_share
 from kaisa.recipes.files import written_whole
-from kaisa.recipes.images import Images
+from kaisa.recipes.tasks import Batches, Lesson, Score, Task
 
-EVALUATED_AT_ONCE = 1000
 WARM_UP_STEPS = 3
 
 StepWatcher = Callable[[float, float], None]
-"""Told the mean loss and accuracy of the epoch so far, after each step."""
+"""Told the mean loss and the score of the epoch so far, after each step."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +45,61 @@ class Epoch:
     Attributes:
         number: counted from 1.
         train_loss: mean over the epoch's batches, measured before each update.
-        train_accuracy: likewise.
-        test_loss: after the epoch, over all test images.
-        test_accuracy: likewise.
+        train_score: the score that is raced for, likewise.
+        test_loss: after the epoch, over all that is tested on.
+        test_score: likewise.
         seconds: of training, from the start of the run to the end of this epoch.
+        further: the other scores over all that is tested on, by name.
     """
 
     number: int
     train_loss: float
-    train_accuracy: float
+    train_score: float
     test_loss: float
-    test_accuracy: float
+    test_score: float
     seconds: float
+    further: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Sums over batches, which add up over ranks.
+
+    Attributes:
+        loss: summed over terms.
+        terms: how many there are.
+        scores: two sums of each score of the task.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    scores: Tensor
+
+    @classmethod
+    def none(cls, task: Task, device: torch.device) -> Figures:
+        """Return the sums over nothing."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(zero, zero, torch.zeros(len(task.scores), 2, dtype=torch.float64, device=device))
+
+    def plus(self, task: Task, loss: Tensor, outputs: Tensor, targets: Tensor) -> Figures:
+        """Return the sums with one more batch."""
+        terms = task.terms(targets)
+        sums = [score.sums(loss.double(), terms, outputs, targets) for score in task.scores]
+        scores = torch.stack([torch.stack([side.double() for side in sides]) for sides in sums])
+        return Figures(self.loss + loss.double() * terms, self.terms + terms, self.scores + scores)
+
+    def total(self, ranks: Collectives) -> Figures:
+        """Return the sums over ranks."""
+        if ranks.world_size == 1:
+            return self
+        own = torch.cat([self.loss.reshape(1), self.terms.double().reshape(1), self.scores.flatten()])
+        everybody = tuple(range(ranks.world_size))
+        loss, terms, *scores = ranks.total("figures", everybody, own)
+        return Figures(loss, terms, torch.stack(scores).reshape(self.scores.shape))
+
+    def means(self) -> tuple[float, list[float]]:
+        """Return the mean loss and the scores; a score of nothing is not a number."""
+        return (self.loss / self.terms).item(), (self.scores[:, 0] / self.scores[:, 1]).tolist()
 
 
 @dataclass
@@ -72,8 +112,7 @@ class Training:
     """
 
     contestant: Contestant
-    batches: Batches
-    test: Images
+    lesson: Lesson
     epochs: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -86,20 +125,29 @@ class Training:
     def start(
         cls,
         contestant: Contestant,
-        batches: Batches,
-        test: Images,
+        lesson: Lesson,
         epochs: int,
-        build: Callable[[], nn.Module],
         ranks: Collectives | None = None,
     ) -> Training:
         """Begin with weights of the batches' seed, the same for all contestants."""
+        batches = lesson.batches
         torch.manual_seed(batches.seed)
-        model = build().to(batches.device)
+        model = lesson.build().to(batches.device)
         optimizer = contestant.build_optimizer(model)
         ranks = ranks or Alone()
         parallel = model if ranks.world_size == 1 else DistributedDataParallel(model)
-        kfac = contestant.build_preconditioner(parallel, optimizer, batches.seed, ranks)
-        return cls(contestant, batches, test, epochs, model, optimizer, kfac, parallel, ranks)
+        kfac = contestant.build_preconditioner(parallel, optimizer, batches.seed, ranks, batches.terms)
+        return cls(contestant, lesson, epochs, model, optimizer, kfac, parallel, ranks)
+
+    @property
+    def batches(self) -> Batches:
+        """What is learned from."""
+        return self.lesson.batches
+
+    @property
+    def score(self) -> Score:
+        """What is raced for."""
+        return self.lesson.task.score
 
     @property
     def is_finished(self) -> bool:
@@ -114,52 +162,46 @@ class Training:
     def epoch(self, watch: StepWatcher | None = None) -> Epoch:
         """Train for an epoch, then evaluate."""
         start = time.perf_counter()
-        loss, accuracy = self._train(watch)
+        trained = self._train(watch)
         seconds = self.seconds + time.perf_counter() - start
-        test_loss, test_accuracy = self._evaluate()
+        loss, (score, *_) = trained.total(self.ranks).means()
+        test_loss, (test_score, *others) = self._evaluate().means()
+        further = {score.name: value for score, value in zip(self.lesson.task.scores[1:], others, strict=True)}
         number = len(self.history) + 1
-        self.history.append(Epoch(number, loss, accuracy, test_loss, test_accuracy, seconds))
+        self.history.append(Epoch(number, loss, score, test_loss, test_score, seconds, further))
         return self.history[-1]
 
-    def _evaluate(self) -> tuple[float, float]:
+    def _evaluate(self) -> Figures:
         """Evaluate on the first rank, whose running statistics are those that are kept, and tell the others."""
-        figures = evaluate(self.model, self.batches, self.test) if self.ranks.rank == 0 else (0.0, 0.0)
-        loss, accuracy = self._total(*figures)
-        return loss, accuracy
-
-    def _total(self, *figures: float) -> tuple[float, ...]:
-        """Return sums over ranks."""
-        if self.ranks.world_size == 1:
-            return figures
-        own = torch.tensor(figures, dtype=torch.float64, device=self.batches.device)
-        return tuple(self.ranks.total("figures", self._everybody, own).tolist())
+        nothing = Figures.none(self.lesson.task, self.batches.device)
+        return (evaluate(self.model, self.lesson) if self.ranks.rank == 0 else nothing).total(self.ranks)
 
     @property
     def _everybody(self) -> tuple[int, ...]:
         return tuple(range(self.ranks.world_size))
 
-    def _train(self, watch: StepWatcher | None) -> tuple[float, float]:
-        """Take the steps of one epoch; return the mean loss and accuracy."""
+    def _train(self, watch: StepWatcher | None) -> Figures:
+        """Take the steps of one epoch; return the sums over this rank's parts of the batches."""
         self.model.train()
         epoch, steps = len(self.history), len(self.batches)
-        loss_sum = torch.zeros((), device=self.batches.device)
-        correct = torch.zeros((), device=self.batches.device)
-        for index, (inputs, labels) in enumerate(self.batches.epoch(epoch)):
+        task = self.lesson.task.raced
+        figures = Figures.none(task, self.batches.device)
+        for index, (inputs, targets) in enumerate(self.batches.epoch(epoch)):
             share = learning_rate_share(epoch * steps + index, self.epochs * steps)
             self._set_learning_rate(share * self.contestant.learning_rate)
-            loss, outputs = self.step(inputs, labels)
-            loss_sum += loss
-            correct += (outputs.argmax(1) == labels).float().mean()
+            loss, outputs = self.step(inputs, targets)
+            figures = figures.plus(task, loss, outputs, targets)
             if watch is not None:
-                watch(loss_sum.item() / (index + 1), correct.item() / (index + 1))
-        loss_total, correct_total = self._total(loss_sum.item(), correct.item())
-        return loss_total / (steps * self.ranks.world_size), correct_total / (steps * self.ranks.world_size)
+                loss_so_far, (score, *_) = figures.means()
+                watch(loss_so_far, score)
+        return figures
 
-    def step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step; return the loss and the outputs before it."""
         self.optimizer.zero_grad()
-        outputs = self.parallel(inputs)
-        loss = functional.cross_entropy(outputs, labels)
+        with mixed_precision(self.lesson):
+            outputs = self.parallel(inputs)
+            loss = self.lesson.task.loss(outputs, targets)
         if isinstance(self.optimizer, AdaHessian):
             self.optimizer.backward(loss)
         else:
@@ -229,19 +271,22 @@ class Training:
             self.kfac.close()
 
 
+def mixed_precision(lesson: Lesson) -> torch.autocast:
+    """Return what runs a forward pass in the precision of a lesson."""
+    return torch.autocast(lesson.batches.device.type, dtype=lesson.dtype, enabled=lesson.dtype is not None)
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, test: Images) -> tuple[float, float]:
-    """Return mean loss and accuracy on images as they are."""
+def evaluate(model: nn.Module, lesson: Lesson) -> Figures:
+    """Return the sums over all that a lesson tests on."""
     model.eval()
-    loss_sum = torch.zeros((), device=batches.device)
-    correct = torch.zeros((), device=batches.device)
-    for start in range(0, len(test), EVALUATED_AT_ONCE):
-        rows = slice(start, start + EVALUATED_AT_ONCE)
-        outputs = model(batches.normalize(test.pixels[rows]).to(batches.device))
-        expected = test.labels[rows].to(batches.device)
-        loss_sum += functional.cross_entropy(outputs, expected, reduction="sum")
-        correct += (outputs.argmax(1) == expected).sum()
-    return loss_sum.item() / len(test), correct.item() / len(test)
+    figures = Figures.none(lesson.task, lesson.batches.device)
+    for inputs, targets in lesson.tests:
+        with mixed_precision(lesson):
+            outputs = model(inputs)
+            loss = lesson.task.loss(outputs, targets)
+        figures = figures.plus(lesson.task, loss, outputs, targets)
+    return figures
 
 
 def warm_up(training: Training) -> None:
@@ -250,8 +295,8 @@ def warm_up(training: Training) -> None:
     What the first steps of a process cost, such as starting threads, is no contestant's.
     """
     training.model.train()
-    for inputs, labels in islice(training.batches.epoch(0), WARM_UP_STEPS):
-        training.step(inputs, labels)
+    for inputs, targets in islice(training.batches.epoch(0), WARM_UP_STEPS):
+        training.step(inputs, targets)
     training.close()
 
 

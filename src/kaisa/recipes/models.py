@@ -22,6 +22,12 @@ def mlp(shape: Shape, classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 
+def logistic(shape: Shape, classes: int) -> nn.Module:
+    """Build multinomial logistic regression, whose loss is convex."""
+    channels, height, width = shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, classes))
+
+
 def cnn(shape: Shape, classes: int) -> nn.Module:
     """Build four convolutions, one of stride 2, and a linear layer on the mean over positions."""
     widths = [shape[0], 32, 32, 64, 64]
@@ -108,6 +114,7 @@ MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "cnn": cnn,
     "resnet20": lambda shape, classes: resnet(shape, classes, 3),
     "resnet32": lambda shape, classes: resnet(shape, classes, 5),
+    "logistic": logistic,
 }
 
 
@@ -117,11 +124,6 @@ def build_model(name: str, shape: Shape, classes: int) -> nn.Module:
     Raises:
         ConfigurationError: there is no model of that name.
     """
-    check_model(name)
-    return MODELS[name](shape, classes)
-
-
-def check_model(name: str) -> None:
-    """Raise ConfigurationError unless there is a model of that name."""
     if name not in MODELS:
         raise ConfigurationError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+    return MODELS[name](shape, classes)

@@ -12,36 +12,17 @@ import torch
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.arrangement import AUTO
 from kaisa.kfac.placement import gradient_workers
+from kaisa.recipes.catalogue import Recipe, find_model, find_recipe
 from kaisa.recipes.contestants import ADAHESSIAN, Contestant, Preconditioning
-from kaisa.recipes.models import check_model
+from kaisa.recipes.tasks import Score, Task
+from kaisa.recipes.text import UNITS
 from kaisa.schedules import FRACTION, POSITIVE, STEPS, Range, Schedule
 
 CONTESTANTS = ("both", "first-order", "kfac")
 DEVICES = ("cpu", "cuda")
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+WHOLE = ("crop", "positions", "vocabulary")
 SEED = Range("a whole number of at least 0 and below 1000000", 0, 1e6, False, True, whole=True)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "model": "cnn",
-        "epochs": 30,
-        "batch_size": 128,
-        "damping": 0.01,
-        "factor_update_steps": 10,
-        "inv_update_steps": 20,
-        "solver": "cholesky",
-        "repeats": 5,
-        "target": 0.97,
-        "threads": 1,
-    },
-    "images": {
-        "model": "resnet20",
-        "epochs": 20,
-        "batch_size": 128,
-        "augment": True,
-    },
-}
-"""What is taken for options that are not given: customary on images, on the digits one thread, for
-the matrices are small."""
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.003, "adamw": 0.003, "rsg": 1.0, "arsg": 0.01, ADAHESSIAN: 0.15}
 """What is taken for learning rates that are not given: of SGD the one that suits it best on the digits (see
@@ -53,24 +34,30 @@ class Options:
     """One comparison, complete: the same options on the same machine give the same run.
 
     Attributes:
-        data: folder or zip file of images; None for the handwritten digits.
+        recipe: a name of `kaisa.recipes.catalogue.RECIPES`.
+        data: folder or zip file; None for the handwritten digits.
         test_data: likewise; None for images held out of the others.
         image_size: width and height that images are resized to.
-        model: a name of `kaisa.recipes.models.MODELS`.
+        crop: width and height of crops of images with masks.
+        positions: tokens of a sequence.
+        unit: of text: "characters" or "words".
+        vocabulary: the most tokens that are told apart.
+        model: a name of those of the recipe.
         contestants: "both", "first-order" or "kfac".
         optimizer: a name of `kaisa.recipes.contestants.OPTIMIZERS`.
         lr: the highest learning rate of the first-order contestant.
         kfac_lr: that of the contestant behind K-FAC; None for the same.
         weight_decay: of both.
         epochs: of each run.
-        batch_size: images in a batch.
+        batch_size: examples in a batch.
         augment: whether images are shifted and mirrored at random.
         preconditioning: the options of K-FAC.
         seed: of weights, batches and the split; repetition i has seed + i.
         repeats: how many seeds each contestant runs with.
-        target: the test accuracy that is raced for; None for the best that all contestants reach.
+        target: the score that is raced for; None for the best that all contestants reach.
         threads: of the processor; None for as many as PyTorch takes.
         device: "cpu" or "cuda".
+        precision: "float32", or "bfloat16" for mixed precision.
         nproc: processes that share each batch.
 
     Raises:
@@ -81,9 +68,14 @@ class Options:
     epochs: int
     batch_size: int
     lr: float
+    recipe: str = "digits"
     data: str | None = None
     test_data: str | None = None
     image_size: int | None = None
+    crop: int | None = None
+    positions: int | None = None
+    unit: str | None = None
+    vocabulary: int | None = None
     contestants: str = "both"
     optimizer: str = "sgd"
     kfac_lr: float | None = None
@@ -95,17 +87,20 @@ class Options:
     target: float | None = None
     threads: int | None = None
     device: str = "cpu"
+    precision: str = "float32"
     nproc: int = 1
 
     def __post_init__(self) -> None:
-        check_model(self.model)
-        for name in ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc"):
+        find_model(self.recipe, self.model)
+        for name in ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc", *WHOLE):
             self._check(name, STEPS)
         self._check("seed", SEED)
-        self._check("target", FRACTION)
+        self._check("target", POSITIVE if self.score.is_cost else FRACTION)
+        self._check_recipe()
         self._check("kfac_lr", POSITIVE)
         self._check_choice("contestants", CONTESTANTS)
         self._check_choice("device", DEVICES)
+        self._check_choice("precision", tuple(PRECISIONS))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("device is cuda, but PyTorch finds none; give --device cpu")
         self._check_sharing()
@@ -113,13 +108,24 @@ class Options:
             gradient_workers(self.preconditioning.grad_worker_fraction, self.nproc)
         self.build_contestants()
 
+    def _check_recipe(self) -> None:
+        """Refuse options that the recipe has no use for, and a lack of data."""
+        own = self.known_recipe.own
+        strangers = [name for name in (*WHOLE, "unit") if name not in own and getattr(self, name) is not None]
+        if strangers:
+            raise ConfigurationError(f"the recipe {self.recipe} has no use for --{strangers[0]}; leave it out")
+        if "unit" in own:
+            self._check_choice("unit", tuple(UNITS))
+        if self.data is None and not self.known_recipe.has_data:
+            raise ConfigurationError(f"the recipe {self.recipe} needs --data, a folder or zip file")
+
     def _check_sharing(self) -> None:
         """Equal parts of a batch make the mean over ranks the mean over the batch."""
         over = self.batch_size % self.nproc
         if over:
             sizes = [size for size in (self.batch_size - over, self.batch_size - over + self.nproc) if size]
             raise ConfigurationError(
-                f"nproc is {self.nproc}, which does not divide a batch of {self.batch_size} images; "
+                f"nproc is {self.nproc}, which does not divide a batch of {self.batch_size}; "
                 f"give --batch-size {' or '.join(map(str, sizes))}"
             )
 
@@ -135,7 +141,7 @@ class Options:
 
     @classmethod
     def complete(cls, given: dict[str, Any]) -> Options:
-        """Make options of those given (not None); the others come from the preset of the data.
+        """Make options of those given (not None); the others come from the preset of the recipe.
 
         Those of K-FAC are given by their own names. An optimizer that ends in "+kfac" takes part behind K-FAC alone.
 
@@ -143,8 +149,12 @@ class Options:
             ConfigurationError: an option cannot work.
         """
         given = _read_optimizer({name: value for name, value in given.items() if value is not None})
-        preset = PRESETS["images" if "data" in given else "digits"]
-        merged = {"lr": LEARNING_RATES.get(given.get("optimizer", "sgd"), math.nan), **preset, **given}
+        recipe = given.setdefault("recipe", "resnet" if "data" in given else "digits")
+        preset = dict(find_recipe(recipe).preset)
+        if given.get("optimizer", preset.get("optimizer")) != preset.get("optimizer"):
+            preset.pop("lr", None)  # it is for the usual optimizer
+        optimizer = given.get("optimizer", preset.get("optimizer", "sgd"))
+        merged = {"lr": LEARNING_RATES.get(optimizer, math.nan), **preset, **given}
         own = {option.name for option in fields(Preconditioning)} & set(merged)
         preconditioning = Preconditioning(**{name: merged.pop(name) for name in own})
         return cls(preconditioning=preconditioning, **merged)
@@ -168,6 +178,26 @@ class Options:
             alone = Contestant(self.optimizer, rate, weight_decay=self.weight_decay)
             found.append(replace(alone, preconditioning=self.preconditioning))
         return found
+
+    @property
+    def known_recipe(self) -> Recipe:
+        """The recipe that has the name."""
+        return find_recipe(self.recipe)
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self.known_recipe.task
+
+    @property
+    def score(self) -> Score:
+        """What is raced for."""
+        return self.task.score
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of mixed precision; None for none."""
+        return PRECISIONS[self.precision]
 
     @property
     def seeds(self) -> list[int]:

@@ -17,12 +17,13 @@ from rich.progress import (
 )
 
 from kaisa.recipes.loop import Training
+from kaisa.recipes.tasks import Score
 
 PAUSE = 10.0  # seconds between two plain lines
 
 
 class TerminalProgress:
-    """Shows one bar for reading images and one for each run."""
+    """Shows one bar for reading and one for each run."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -39,6 +40,7 @@ class TerminalProgress:
         self._reading: TaskID | None = None
         self._running: TaskID | None = None
         self._said = time.monotonic()
+        self._score: Score | None = None
 
     def __enter__(self) -> TerminalProgress:
         self._bars.start()
@@ -53,9 +55,9 @@ class TerminalProgress:
         self._bars.stop()
 
     def read(self, done: int, total: int) -> None:
-        """Show how many images of how many are read."""
+        """Show how much of how much is read."""
         if self._reading is None or done == 1:
-            self._reading = self._bars.add_task("reading images", total=total, figures="")
+            self._reading = self._bars.add_task("reading", total=total, figures="")
         if done % 100 == 0 or done == total:
             self._bars.update(self._reading, completed=done)
 
@@ -65,7 +67,7 @@ class TerminalProgress:
 
     def begin(self, training: Training) -> None:
         """Show a new run."""
-        steps = len(training.batches)
+        steps, self._score = len(training.batches), training.score
         self._running = self._bars.add_task(
             f"{training.contestant.name}, seed {training.batches.seed}",
             total=training.epochs * steps,
@@ -73,15 +75,16 @@ class TerminalProgress:
             figures="",
         )
 
-    def step(self, loss: float, accuracy: float) -> None:
+    def step(self, loss: float, score: float) -> None:
         """Advance by a step."""
-        if self._running is not None:
-            self._bars.update(self._running, advance=1, figures=f"loss {loss:.3f}  accuracy {accuracy:.1%}")
+        if self._running is not None and self._score is not None:
+            figures = f"loss {loss:.3f}  {self._score.name} {self._score.write(score)}"
+            self._bars.update(self._running, advance=1, figures=figures)
 
     def epoch(self, training: Training) -> None:
         """Show the end of an epoch: every run's last, others now and then."""
         last = training.history[-1]
-        figures = f"test loss {last.test_loss:.3f}  test accuracy {last.test_accuracy:.1%}"
+        figures = f"test loss {last.test_loss:.3f}  test {training.score.name} {training.score.write(last.test_score)}"
         if self._running is not None:
             self._bars.update(self._running, figures=figures)
         quiet = time.monotonic() - self._said < PAUSE

@@ -1,6 +1,6 @@
 """What happened, as JSON: enough to draw every plot again and to judge every figure.
 
-{"format": 1, "kind": "kaisa train", "started": …, "machine": {…}, "versions": {…}, "commit": …,
+{"format": 2, "kind": "kaisa train", "started": …, "machine": {…}, "versions": {…}, "commit": …,
  "options": {…}, "data": {…}, "runs": [{"contestant": …, "seed": …, "epochs": [{…}, …]}, …]}
 """
 
@@ -25,7 +25,7 @@ from kaisa.recipes.files import written_whole
 from kaisa.recipes.loop import Epoch
 from kaisa.recipes.options import Options
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no score but accuracy
 KIND = "kaisa train"
 FILE = "record.json"
 PACKAGES = ("kaisa", "torch", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow")
@@ -67,8 +67,12 @@ class Run:
 
 
 def _read_epoch(figures: dict[str, Any]) -> Epoch:
-    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in figures.items()}
+    known: dict[str, Any] = {**_with_nan(figures), "further": _with_nan(figures["further"])}
     return Epoch(**known)
+
+
+def _with_nan(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in figures.items()}
 
 
 @dataclass

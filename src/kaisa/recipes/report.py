@@ -1,6 +1,6 @@
 """What a comparison means: a table for the terminal and a plot.
 
-The plot shows test accuracy and training loss over epochs and over seconds; thin lines are single
+The plot shows the test score and training loss over epochs and over seconds; thin lines are single
 seeds, bold lines the medians of them.
 """
 
@@ -19,6 +19,7 @@ from kaisa.recipes.files import written_whole
 from kaisa.recipes.loop import Epoch
 from kaisa.recipes.record import Record, Run
 from kaisa.recipes.target import Result, choose_target, summarize
+from kaisa.recipes.tasks import Score
 
 PLOT = "plot.png"
 COLOURS = ("#5b7083", "#d1495b")  # slate for the control, red for K-FAC: told apart in grey too
@@ -31,7 +32,7 @@ def build_table(record: Record) -> Table:
     table.add_column("")
     for result in results:
         table.add_column(result.contestant, justify="right")
-    for label, cell in _rows(choose_target(record), results):
+    for label, cell in _rows(choose_target(record), results, record.options.score):
         table.add_row(label, *(cell(result) for result in results))
     return table
 
@@ -41,12 +42,12 @@ def _title(record: Record) -> str:
     return f"{record.options.title}" + (f", medians of {seeds} seeds" if seeds > 1 else "")
 
 
-def _rows(target: float, results: Sequence[Result]) -> list[tuple[str, Callable[[Result], str]]]:
-    aim, control = _percent(target), results[0].step_seconds
+def _rows(target: float, results: Sequence[Result], score: Score) -> list[tuple[str, Callable[[Result], str]]]:
+    aim, control = score.write(target), results[0].step_seconds
     rows: list[tuple[str, Callable[[Result], str]]] = [
         (f"epochs to {aim}", lambda result: _or_never(result.epochs, "{:g}")),
         (f"seconds to {aim}", lambda result: _or_never(result.seconds, "{:.2f}")),
-        ("final test accuracy", lambda result: _percent(result.accuracy)),
+        (f"final test {score.name}", lambda result: score.write(result.score)),
         ("final test loss", lambda result: f"{result.loss:.4f}"),
         ("milliseconds per step", lambda result: f"{1e3 * result.step_seconds:.2f}"),
         ("step time, relative", lambda result: f"{result.step_seconds / control:.2f}x"),
@@ -56,10 +57,6 @@ def _rows(target: float, results: Sequence[Result]) -> list[tuple[str, Callable[
     if results[0].runs > 1:
         rows.insert(2, (f"runs that reach {aim}", lambda r: f"{r.reached} of {r.runs}"))
     return rows
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _or_never(value: float, form: str) -> str:
@@ -75,7 +72,7 @@ def conclude(record: Record) -> str:
     results = summarize(record)
     if not results:
         return "no epoch is done yet"
-    aim = _percent(choose_target(record))
+    aim = record.options.score.write(choose_target(record))
     if len(results) < 2:
         return f"{results[0].contestant} ran alone; there is nothing to compare with"
     control, other = results
@@ -99,7 +96,7 @@ def draw_plot(record: Record, folder: Path) -> Path:
         _draw_contestant(axes, record.runs_of(name), colour, name)
     for panel in axes[0]:
         panel.axhline(target, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    _decorate(axes, target)
+    _decorate(axes, target, record.options.score)
     figure.suptitle(_title(record), fontsize=11)
     with written_whole(folder / PLOT) as partial:
         figure.savefig(partial, format="png")
@@ -108,7 +105,7 @@ def draw_plot(record: Record, folder: Path) -> Path:
 
 def _draw_contestant(axes: Any, runs: Sequence[Run], colour: str, name: str) -> None:
     for column, x in enumerate((lambda epoch: epoch.number, lambda epoch: epoch.seconds)):
-        for row, y in enumerate((lambda epoch: epoch.test_accuracy, lambda epoch: epoch.train_loss)):
+        for row, y in enumerate((lambda epoch: epoch.test_score, lambda epoch: epoch.train_loss)):
             panel = axes[row][column]
             if len(runs) > 1:
                 for run in runs:
@@ -128,14 +125,16 @@ def _curve(
     return [median(map(x, row)) for row in rows], [median(map(y, row)) for row in rows]
 
 
-def _decorate(axes: Any, target: float) -> None:
-    axes[0][0].set_ylabel("test accuracy")
+def _decorate(axes: Any, target: float, score: Score) -> None:
+    axes[0][0].set_ylabel(f"test {score.name}")
     axes[1][0].set_ylabel("training loss")
     axes[1][0].set_xlabel("epochs")
     axes[1][1].set_xlabel("seconds of training")
-    axes[0][0].set_ylim(bottom=max(0.0, 1 - 5 * (1 - target)), top=1.0 if target > 0.9 else None)
+    if not score.is_cost:
+        axes[0][0].set_ylim(bottom=max(0.0, 1 - 5 * (1 - target)), top=1.0 if target > 0.9 else None)
     axes[1][0].set_yscale("log")
-    axes[0][0].legend(frameon=False, loc="lower right", title=f"target {_percent(target)}")
+    corner = "upper right" if score.is_cost else "lower right"
+    axes[0][0].legend(frameon=False, loc=corner, title=f"target {score.write(target)}")
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25, linewidth=0.6)

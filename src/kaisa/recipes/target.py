@@ -1,4 +1,4 @@
-"""The race: how many epochs and seconds each contestant needs to reach a test accuracy.
+"""The race: how many epochs and seconds each contestant needs to reach a score.
 
 Over several seeds the median counts, and a run that does not reach the target counts as infinitely
 long, so that a figure never hides a failure.
@@ -13,6 +13,7 @@ from statistics import median
 
 from kaisa.recipes.loop import Epoch
 from kaisa.recipes.record import Record, Run
+from kaisa.recipes.tasks import ACCURACY, Score
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Result:
         reached: how many of them reached the target.
         epochs: to the target; infinite if more than half of the runs did not reach it.
         seconds: likewise.
-        accuracy: on the test images at the end.
+        score: on what is tested on, at the end.
         loss: likewise.
         step_seconds: mean time of a step.
         peak_memory: bytes; None if unknown.
@@ -37,7 +38,7 @@ class Result:
     reached: int
     epochs: float
     seconds: float
-    accuracy: float
+    score: float
     loss: float
     step_seconds: float
     peak_memory: float | None
@@ -45,17 +46,18 @@ class Result:
 
 
 def choose_target(record: Record) -> float:
-    """Return the target of the options, or the best accuracy that every run so far has reached."""
+    """Return the target of the options, or the best score that every run so far has reached."""
     if record.options.target is not None:
         return record.options.target
     runs = [run for name in record.contestants for run in record.runs_of(name)]
-    return min(max(epoch.test_accuracy for epoch in run.epochs) for run in runs)
+    score = record.options.score
+    return score.worst(*(score.best(*(epoch.test_score for epoch in run.epochs)) for run in runs))
 
 
-def first_at(target: float, epochs: Sequence[Epoch]) -> tuple[float, float]:
-    """Return number and seconds of the first epoch at or above a test accuracy."""
+def first_at(target: float, epochs: Sequence[Epoch], score: Score = ACCURACY) -> tuple[float, float]:
+    """Return number and seconds of the first epoch that reaches a target."""
     for epoch in epochs:
-        if epoch.test_accuracy >= target:
+        if score.reaches(epoch.test_score, target):
             return epoch.number, epoch.seconds
     return math.inf, math.inf
 
@@ -63,11 +65,11 @@ def first_at(target: float, epochs: Sequence[Epoch]) -> tuple[float, float]:
 def summarize(record: Record) -> list[Result]:
     """Return the result of each contestant."""
     target = choose_target(record) if record.contestants else 0.0
-    return [_result(name, record.runs_of(name), target) for name in record.contestants]
+    return [_result(name, record.runs_of(name), target, record.options.score) for name in record.contestants]
 
 
-def _result(name: str, runs: Sequence[Run], target: float) -> Result:
-    firsts = [first_at(target, run.epochs) for run in runs]
+def _result(name: str, runs: Sequence[Run], target: float, score: Score) -> Result:
+    firsts = [first_at(target, run.epochs, score) for run in runs]
     memory = [run.peak_memory for run in runs if run.peak_memory is not None]
     return Result(
         contestant=name,
@@ -75,7 +77,7 @@ def _result(name: str, runs: Sequence[Run], target: float) -> Result:
         reached=sum(math.isfinite(epochs) for epochs, _ in firsts),
         epochs=_median(epochs for epochs, _ in firsts),
         seconds=_median(seconds for _, seconds in firsts),
-        accuracy=_median(run.epochs[-1].test_accuracy for run in runs),
+        score=_median(run.epochs[-1].test_score for run in runs),
         loss=_median(run.epochs[-1].test_loss for run in runs),
         step_seconds=_median(run.seconds_per_step for run in runs),
         peak_memory=_median(memory) if memory else None,

@@ -1,13 +1,14 @@
 """What is learned, apart from how: a loss, and the scores by which it is judged.
 
-outputs, targets ─► loss     the mean over the terms of a batch: images, pixels or tokens
-                 └► score    a ratio of two sums, so that parts of the data add up to the whole
+    outputs, targets ─► loss     the mean over the terms of a batch: images, pixels or tokens
+                     └► score    a ratio of two sums, so that parts of the data add up to the whole
 
-                   loss                          terms      scores (the first is raced for)
-CLASSIFICATION     cross-entropy of classes      images     accuracy
-SEGMENTATION       cross-entropy of two classes  pixels     Dice, Dice of the background, pixel error
-NEXT_TOKEN         cross-entropy of tokens       tokens     bits per token
-MASKED_TOKEN       cross-entropy of tokens       hidden     loss in nats (MLM loss), accuracy
+                       loss                          terms      scores (the first is raced for)
+    CLASSIFICATION     cross-entropy of classes      images     accuracy
+    REGRESSION         the same                      images     loss, accuracy
+    SEGMENTATION       cross-entropy of two classes  pixels     Dice, Dice of the background, pixel error
+    NEXT_TOKEN         cross-entropy of tokens       tokens     bits per token
+    MASKED_TOKEN       cross-entropy of tokens       hidden     loss in nats (MLM loss), accuracy
 
 Terms that are not to be predicted have the target `IGNORED`.
 """
@@ -15,12 +16,12 @@ Terms that are not to be predicted have the target `IGNORED`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 IGNORED = -100
@@ -58,15 +59,21 @@ class Score:
 
     Attributes:
         name: in words.
-        count: returns two sums over a batch, whose ratio is the score.
+        count: returns two sums over a batch, whose ratio is the score; None for a multiple of the loss.
         form: how it is written, for `str.format`.
         is_cost: whether less is better.
+        per_loss: the multiple.
     """
 
     name: str
-    count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     form: str = "{:.1%}"
     is_cost: bool = False
+    per_loss: float = 1.0
+
+    def sums(self, loss: Tensor, terms: Tensor, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two sums over a batch whose mean loss over its terms is known."""
+        return (self.per_loss * loss * terms, terms) if self.count is None else self.count(outputs, targets)
 
     def reaches(self, value: float, target: float) -> bool:
         """Whether a value is as good as a target."""
@@ -104,6 +111,30 @@ class Task:
         """The score that is raced for."""
         return self.scores[0]
 
+    @property
+    def raced(self) -> Task:
+        """The task with the score that is raced for alone."""
+        return replace(self, scores=self.scores[:1])
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """All of a training but the optimizer and how long it takes.
+
+    Attributes:
+        task: loss and scores.
+        batches: what is learned from.
+        tests: what is tested on, in batches on the same device; may be passed over many times.
+        build: makes the model, with random weights.
+        dtype: of mixed precision, where autocast has it; None for none.
+    """
+
+    task: Task
+    batches: Batches
+    tests: Iterable[Example]
+    build: Callable[[], nn.Module]
+    dtype: torch.dtype | None = None
+
 
 def _every(targets: Tensor) -> Tensor:
     return torch.tensor(targets.numel(), device=targets.device)
@@ -138,29 +169,21 @@ def _predicted(tokens: Tensor) -> Tensor:
     return (tokens != IGNORED).sum()
 
 
-def _nats(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    rows = scores.flatten(0, -2).float()
-    return functional.cross_entropy(rows, tokens.flatten(), ignore_index=IGNORED, reduction="sum"), _predicted(tokens)
-
-
-def _bits(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    nats, count = _nats(scores, tokens)
-    return nats / math.log(2), count
-
-
 def _correct_tokens(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return (scores.argmax(-1) == tokens).sum(), _predicted(tokens)
 
 
 ACCURACY = Score("accuracy", _correct)
+LOSS = Score("loss", None, "{:.4f}", is_cost=True)
 DICE = Score("Dice", _dice)
 BACKGROUND_DICE = Score("Dice of the background", _background_dice)
 PIXEL_ERROR = Score("pixel error", _wrong_pixels, "{:.2%}", is_cost=True)
-BITS = Score("bits per token", _bits, "{:.3f}", is_cost=True)
-MASKED_LOSS = Score("MLM loss", _nats, "{:.3f}", is_cost=True)
+BITS = Score("bits per token", None, "{:.3f}", is_cost=True, per_loss=1 / math.log(2))
+MASKED_LOSS = Score("MLM loss", None, "{:.3f}", is_cost=True)
 MASKED_ACCURACY = Score("accuracy of hidden tokens", _correct_tokens)
 
 CLASSIFICATION = Task(functional.cross_entropy, _every, (ACCURACY,))
+REGRESSION = Task(functional.cross_entropy, _every, (LOSS, ACCURACY))
 SEGMENTATION = Task(_binary_loss, _every, (DICE, BACKGROUND_DICE, PIXEL_ERROR))
 NEXT_TOKEN = Task(_token_loss, _predicted, (BITS,))
 MASKED_TOKEN = Task(_token_loss, _predicted, (MASKED_LOSS, MASKED_ACCURACY))
