@@ -229,7 +229,7 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path: Path, capfd: pytest.Capt
     assert run(["train", *options, "--output", "out"]) == 0
     (folder / "cat" / "0000.png").unlink()
     assert run(["train", "--resume", "out"]) == BAD_INPUT
-    assert "the images are not those that the run began with" in capfd.readouterr().err
+    assert "the data are not those that the run began with" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
@@ -245,7 +245,8 @@ def test_control_c_keeps_what_is_done(tmp_path: Path) -> None:
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+    record = tmp_path / "out" / "record.json"
+    while not (record.exists() and '"number": 1' in record.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

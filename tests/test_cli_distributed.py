@@ -54,7 +54,7 @@ def test_two_ranks_of_torchrun_train_as_one_process_does(tmp_path: Path) -> None
     assert process.returncode == 0, complaints
     assert said.count("the run goes to two") == 1
     (expected,), (found,) = read_run("one")["epochs"], read_run("two")["epochs"]
-    for figure in ("train_loss", "train_accuracy", "test_loss"):
+    for figure in ("train_loss", "train_score", "test_loss"):
         assert found[figure] == pytest.approx(expected[figure], rel=1e-3)
     ones, twos = (load_file(tmp_path / folder / "sgd-kfac-seed0.safetensors") for folder in ("one", "two"))
     assert all(torch.allclose(ones[name], twos[name], rtol=1e-2, atol=1e-4) for name in ones)

@@ -1,6 +1,6 @@
 """The command `kaisa`.
 
-    kaisa train                trains on images, with an optimizer and with the same behind K-FAC
+    kaisa train                trains one of the recipes, with an optimizer and with the same behind K-FAC
     kaisa plan                 the fastest placement that fits on other hardware, or measures this machine
     kaisa bench distributed    what each placement sends and holds, by formula
 
@@ -41,6 +41,7 @@ from kaisa.kfac.collectives import (
 from kaisa.kfac.hardware import Hardware, shipped_profiles
 from kaisa.kfac.placement import COMM_OPT, HYBRID_OPT, MEM_OPT
 from kaisa.recipes.calibration import calibrate
+from kaisa.recipes.catalogue import RECIPES
 from kaisa.recipes.comparison import (
     check_folder,
     check_same_data,
@@ -118,7 +119,7 @@ def kaisa(
     """Train deep networks in less time with second-order information."""
 
 
-DATA = "Images and where the run goes"
+DATA = "Data and where the run goes"
 MODEL = "Model and schedule"
 KFAC = "K-FAC"
 MACHINE = "Machine"
@@ -128,6 +129,21 @@ def _rates() -> str:
     return ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
 
 
+def _usual(option: str) -> str:
+    """Return the presets of an option, one for all recipes that share it."""
+    recipes: dict[Any, list[str]] = {}
+    for name, recipe in RECIPES.items():
+        if option in recipe.preset:
+            recipes.setdefault(recipe.preset[option], []).append(name)
+    parts = [f"{', '.join(names)}: {value}" for value, names in recipes.items()]
+    return f"[{'; '.join(parts)}]"
+
+
+def _models() -> str:
+    kinds = dict.fromkeys(", ".join(recipe.models) for recipe in RECIPES.values())
+    return f"{'; '.join(kinds)} {_usual('model')}"
+
+
 def _option(text: str, *names: str, panel: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
 
@@ -135,61 +151,91 @@ def _option(text: str, *names: str, panel: str) -> Any:
 @app.command()
 def train(
     context: typer.Context,
+    recipe: Annotated[
+        str | None, _option(f"One of {', '.join(RECIPES)} [digits; with --data: resnet]", panel=DATA)
+    ] = None,
     data: Annotated[
         str | None,
-        _option("Folder or zip file with one subfolder a class [handwritten digits]", panel=DATA),
+        _option(
+            "Folder or zip file: of images, a subfolder a class; unet: image/NAME, label/NAME; gpt, bert: .txt "
+            "[handwritten digits]",
+            panel=DATA,
+        ),
     ] = None,
     test_data: Annotated[
         str | None,
         _option("Images to test on [NAME-test beside NAME-train, or a fifth]", panel=DATA),
     ] = None,
     image_size: Annotated[int | None, _option("Resize images to this width and height", panel=DATA)] = None,
+    crop: Annotated[int | None, _option("unet: width and height of what is learned from [128]", panel=DATA)] = None,
+    positions: Annotated[
+        int | None, _option(f"gpt, bert: tokens of a sequence {_usual('positions')}", panel=DATA)
+    ] = None,
+    unit: Annotated[
+        str | None, _option(f"gpt, bert: tokens are characters or words {_usual('unit')}", panel=DATA)
+    ] = None,
+    vocabulary: Annotated[
+        int | None, _option(f"gpt, bert: most tokens that are told apart {_usual('vocabulary')}", panel=DATA)
+    ] = None,
     output: Annotated[Path | None, _option("Folder of the run [runs/TIME-DATA-MODEL]", panel=DATA)] = None,
     resume: Annotated[Path | None, _option("Go on with an interrupted run, with its own options", panel=DATA)] = None,
-    model: Annotated[str | None, _option("mlp, cnn, resnet20 or resnet32 [cnn; images: resnet20]", panel=MODEL)] = None,
+    model: Annotated[str | None, _option(_models(), panel=MODEL)] = None,
     contestants: Annotated[
         str | None, _option("both, first-order or kfac [both; adahessian: first-order]", panel=MODEL)
     ] = None,
     optimizer: Annotated[
         str | None,
-        _option(f"{', '.join(OPTIMIZERS)}; NAME+kfac for the one behind K-FAC alone [sgd]", panel=MODEL),
+        _option(
+            f"{', '.join(OPTIMIZERS)}; NAME+kfac for the one behind K-FAC alone [sgd; unet, gpt, bert: adamw]",
+            panel=MODEL,
+        ),
+    ] = None,
+    kfac: Annotated[
+        bool | None,
+        typer.Option(
+            "--kfac/--no-kfac",
+            help="The one contestant behind K-FAC, or the one without, alone [both]",
+            rich_help_panel=MODEL,
+            show_default=False,
+        ),
     ] = None,
     lr: Annotated[
         float | None, _option(f"Highest learning rate, of both unless --kfac-lr [{_rates()}]", panel=MODEL)
     ] = None,
     kfac_lr: Annotated[float | None, _option("Highest learning rate behind K-FAC [as --lr]", panel=MODEL)] = None,
     weight_decay: Annotated[float | None, _option("Of both [5e-4]", panel=MODEL)] = None,
-    epochs: Annotated[int | None, _option("Of each run [30; images: 20]", panel=MODEL)] = None,
-    batch_size: Annotated[int | None, _option("Images in a batch [128]", panel=MODEL)] = None,
+    epochs: Annotated[int | None, _option(f"Of each run {_usual('epochs')}", panel=MODEL)] = None,
+    batch_size: Annotated[int | None, _option(f"Examples in a batch {_usual('batch_size')}", panel=MODEL)] = None,
     augment: Annotated[
         bool | None,
         typer.Option(
             "--augment/--no-augment",
-            help="Shift and mirror images at random [images only]",
+            help="Shift, turn and mirror images at random [resnet and unet only]",
             rich_help_panel=MODEL,
             show_default=False,
         ),
     ] = None,
     target: Annotated[
         float | None,
-        _option("Test accuracy to race for [0.97; images: the best that all reach]", panel=MODEL),
+        _option("Test score to race for [digits: 0.97; the best that all reach]", panel=MODEL),
     ] = None,
     seed: Annotated[int | None, _option("Of weights, batches and split [0]", panel=MODEL)] = None,
-    repeats: Annotated[int | None, _option("Seeds to run each contestant with [5; images: 1]", panel=MODEL)] = None,
-    damping: Annotated[float | None, _option("Added to the curvature [0.01; images: 0.003]", panel=KFAC)] = None,
+    repeats: Annotated[int | None, _option("Seeds to run each contestant with [digits: 5; 1]", panel=MODEL)] = None,
+    damping: Annotated[float | None, _option("Added to the curvature [digits: 0.01; 0.003]", panel=KFAC)] = None,
     factor_update_steps: Annotated[
-        int | None, _option("Steps between two updates of the factors [10]", panel=KFAC)
+        int | None, _option("Steps between two updates of the factors [unet: 5; 10]", panel=KFAC)
     ] = None,
     inv_update_steps: Annotated[
-        int | None, _option("Steps between two decompositions [20; images: 100]", panel=KFAC)
+        int | None, _option("Steps between two decompositions [resnet: 100; gpt, bert: 50; 20]", panel=KFAC)
     ] = None,
     factor_decay: Annotated[float | None, _option("Weight of the past in the factors [0.95]", panel=KFAC)] = None,
     kl_clip: Annotated[float | None, _option("Size of the trust region; 0 for none [0.001]", panel=KFAC)] = None,
     solver: Annotated[
-        str | None, _option("eigen, cholesky, ekfac or sqrt_ekfac [cholesky; images: eigen]", panel=KFAC)
+        str | None, _option("eigen, cholesky, ekfac or sqrt_ekfac [digits: cholesky; eigen]", panel=KFAC)
     ] = None,
-    threads: Annotated[int | None, _option("Processor threads [1; images: PyTorch's choice]", panel=MACHINE)] = None,
+    threads: Annotated[int | None, _option("Processor threads [digits: 1; PyTorch's choice]", panel=MACHINE)] = None,
     device: Annotated[str | None, _option("cpu or cuda [cpu]", panel=MACHINE)] = None,
+    precision: Annotated[str | None, _option("float32, or bfloat16 for autocast [float32]", panel=MACHINE)] = None,
     nproc: Annotated[int | None, _option("Processes that share each batch [1, or torchrun's]", panel=MACHINE)] = None,
     grad_worker_fraction: Annotated[
         str | None,
@@ -211,10 +257,19 @@ def train(
     if resume is not None:
         return _resume(resume, [name for name in given if name != "resume"])
     given.pop("output", None)
+    if (behind := given.pop("kfac", None)) is not None:
+        given["contestants"] = _contestants(behind, contestants)
     if grad_worker_fraction is not None:
         given["grad_worker_fraction"] = _fraction(grad_worker_fraction)
     given["nproc"] = _count_ranks(nproc)
     return _start(Options.complete(given), output, context.obj)
+
+
+def _contestants(behind: bool, given: str | None) -> str:
+    chosen = "kfac" if behind else "first-order"
+    if given not in (None, chosen):
+        raise ConfigurationError(f"--contestants {given} and --{'' if behind else 'no-'}kfac exclude each other")
+    return chosen
 
 
 def _fraction(text: str) -> str | float:
