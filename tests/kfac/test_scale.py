@@ -309,3 +309,21 @@ def test_parts_called_one_by_one_do_not_take_an_earlier_forwards_batch_for_their
         outputs = module(outputs)
     F.cross_entropy(outputs, batch[1]).backward()
     assert_same(factors_after(kfac), expected)
+
+
+def test_an_evaluation_between_two_steps_does_not_change_the_scale() -> None:
+    """Training passes through a part of the model alone, so that nobody says how large its batch is but the layer."""
+
+    def factor(evaluates: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2)).double()
+        kfac = kaisa.KFACPreconditioner(model, lr=0.1)
+        x = torch.linspace(-1, 1, 24).double().reshape(8, 3)
+        if evaluates:
+            with torch.no_grad():
+                model(x.repeat(4, 1))
+        model[0](x).square().sum(1).mean().backward()
+        kfac.step()
+        return kfac.factors["0"].g
+
+    torch.testing.assert_close(factor(evaluates=True), factor(evaluates=False))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kaisa
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.trust_region import Graft, KLClip, NormConstraint
 
@@ -49,3 +50,24 @@ def test_gradients_of_zero_stay_zero() -> None:
     for region in (KLClip(0.001), NormConstraint(0.1), Graft()):
         scaled = zeros[0] * region.scales(zeros, zeros, [torch.ones(2)], 0)[0]
         assert torch.equal(scaled, zeros[0])
+
+
+def test_a_rate_that_a_loaded_state_brings_counts_from_the_next_step_on() -> None:
+    model = torch.nn.Linear(3, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kfac = kaisa.KFACPreconditioner(model, optimizer, kl_clip=1e-4, inv_update_steps=1000, factor_update_steps=1000)
+    x = torch.linspace(-1, 1, 12).double().reshape(4, 3)
+
+    def scaled() -> torch.Tensor:
+        optimizer.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        kfac.step()
+        assert model.weight.grad is not None
+        return model.weight.grad.clone()
+
+    first = scaled()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = 0.4
+    optimizer.load_state_dict(state)
+    # The same gradients, and the clip is inversely proportional to the rate.
+    torch.testing.assert_close(scaled(), first / 4)

@@ -126,7 +126,7 @@ class Capture:
         self._expects_sampled = True
 
     def _note_batch_size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.active:
+        if self._is_wanted():  # and not of an evaluation in between, which may be of another size
             self.batch_size = _batch_size((args, kwargs))
 
     def _forward(

@@ -1,7 +1,6 @@
 """The learning rates that layers will be stepped with, for the trust region."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ class Rates:
     def __init__(self, schedule: Schedule | None, optimizer: torch.optim.Optimizer | None) -> None:
         self._schedule = schedule
         self._optimizer = optimizer
-        self._groups: dict[nn.Parameter, dict[str, Any]] = {}
+        self._places: dict[nn.Parameter, int] = {}
 
     def of(self, weights: Sequence[nn.Parameter], step: int, like: Tensor) -> Tensor:
         """Returns the rate (weights,) of each; one that is a tensor is not read by the host."""
@@ -37,8 +36,10 @@ class Rates:
             return self._schedule.resolve(step)
         if self._optimizer is None:
             return 1.0
-        if weight not in self._groups:
-            self._groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
-        group = self._groups.get(weight)
-        rate: float | Tensor = 0.0 if group is None else group["lr"]
+        # Places and not groups, which load_state_dict replaces.
+        if weight not in self._places:
+            groups = enumerate(self._optimizer.param_groups)
+            self._places = {parameter: place for place, group in groups for parameter in group["params"]}
+        place = self._places.get(weight)
+        rate: float | Tensor = 0.0 if place is None else self._optimizer.param_groups[place]["lr"]
         return rate
