@@ -127,6 +127,32 @@ def test_micro_batches_keep_one_graph() -> None:
     assert outputs[-1]() is None
 
 
+def test_some_examples_may_speak_for_all() -> None:
+    """The share's own Hz, as of a mean loss over it, beside the gradient of all."""
+    model, apart = network(), network()
+    optimizer, reference = AdaHessian(model.parameters()), AdaHessian(apart.parameters())
+    inputs, targets = data(0)
+    F.cross_entropy(model(inputs[2:]), targets[2:]).mul(0.75).backward()
+    optimizer.backward(F.cross_entropy(model(inputs[:2]), targets[:2]).mul(0.25), share=0.25)
+    optimizer.step()
+    reference.backward(F.cross_entropy(apart(inputs[:2]), targets[:2]))
+    reference.step()
+    whole = network()
+    AdaHessian(whole.parameters()).backward(loss_of(whole, 0))
+    for ours, theirs, parameter in zip(model.parameters(), apart.parameters(), whole.parameters(), strict=True):
+        squares = (state[x]["exp_hessian_diag_sq"] for state, x in ((optimizer.state, ours), (reference.state, theirs)))
+        torch.testing.assert_close(*squares)
+        assert parameter.grad is not None
+        torch.testing.assert_close(optimizer.state[ours]["exp_avg"], 0.1 * parameter.grad)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_shares_out_of_range_are_refused(share: float) -> None:
+    model = network()
+    with pytest.raises(ConfigurationError, match="share is"):
+        AdaHessian(model.parameters()).backward(loss_of(model, 0), share=share)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 def test_both_ways_to_leave_a_graph_give_the_same() -> None:
     model = network()
@@ -546,6 +572,17 @@ def test_differences_of_coarse_parameters_are_refused() -> None:
     model = network(torch.bfloat16)
     with pytest.raises(ConfigurationError, match="too coarse"):
         AdaHessian(model.parameters()).backward_by_difference(lambda: loss_of(model, 0, torch.bfloat16))
+
+
+def test_distances_of_differences_are_checked_and_used() -> None:
+    w = nn.Parameter(torch.ones(1, dtype=DOUBLE))
+    optimizer = AdaHessian([w], betas=(0.0, 0.0))
+    with pytest.raises(ConfigurationError, match="distance is 0"):
+        optimizer.backward_by_difference(lambda: (w**3).sum(), distance=0)
+    optimizer.backward_by_difference(lambda: (w**3).sum(), distance=0.5, probes=[torch.ones(1, dtype=DOUBLE)])
+    optimizer.step()
+    # h = 0.5 (1 + 1) / 1, so that D = 3 (2² - 1²)
+    torch.testing.assert_close(optimizer.state[w]["exp_hessian_diag_sq"], torch.tensor([81.0], dtype=DOUBLE))
 
 
 def test_a_copy_goes_on_by_itself() -> None:

@@ -43,7 +43,7 @@ from kaisa.optim.hutchinson import (
 )
 from kaisa.optim.operations import Operations, Tensors
 from kaisa.optim.ranks import mean_over_ranks_
-from kaisa.schedules import DECAY, NON_NEGATIVE, STEPS, Range
+from kaisa.schedules import DECAY, FRACTION, NON_NEGATIVE, POSITIVE, STEPS, Range
 
 POWER = Range("a number from 0 to 1", 0.0, 1.0)
 SURROGATES = ("abs", "signed")
@@ -85,11 +85,13 @@ class Graph:
         parameters: those that have a gradient.
         gradients: of each, with its graph.
         scale: what the loss was multiplied by; None where nobody said.
+        share: of the loss of the step that theirs is.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor]
     scale: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass
@@ -223,7 +225,7 @@ class AdaHessian(ElementwiseOptimizer):
         """Whether the next step updates v, for which its backward passes must leave a graph."""
         return self._steps % self.update_period == 0
 
-    def backward(self, loss: Tensor, *, scaler: torch.amp.GradScaler | None = None) -> None:
+    def backward(self, loss: Tensor, *, scaler: torch.amp.GradScaler | None = None, share: float = 1.0) -> None:
         """Compute gradients as ``loss.backward()`` does, and what the step needs to know of the Hessian.
 
         Call it for every micro-batch; all see the same probe, and only the last graph is kept, until the step.
@@ -231,17 +233,21 @@ class AdaHessian(ElementwiseOptimizer):
         Args:
             loss: a number; not scaled, if there is a scaler.
             scaler: multiplies the loss for mixed precision; its scale is taken out of Hz.
+            share: of the examples of the step, those that come this way; the rest go through ``loss.backward()`` alone.
+                Hz is then that of some of the examples, and costs as little.
 
         Raises:
+            ConfigurationError: the share is not above 0 and at most 1.
             DifferentiationError: an operation in the graph has no second derivative, or allows no second pass.
         """
+        check_number("share", share, FRACTION)
         scaled = loss if scaler is None else scaler.scale(loss)
         if not self.hessian_due:
             scaled.backward()
             return
         self._begin()
         inputs, attached = self._pass(scaled, create_graph=True)
-        self._curvature.graph = Graph(inputs, attached, _scale(loss, scaler))
+        self._curvature.graph = Graph(inputs, attached, _scale(loss, scaler), share)
 
     def backward_by_difference(
         self,
@@ -249,32 +255,38 @@ class AdaHessian(ElementwiseOptimizer):
         *,
         scaler: torch.amp.GradScaler | None = None,
         probes: Probes | None = None,
+        distance: float | None = None,
         unsynchronized: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
-        """Compute gradients, and Hz as the difference of two: Hz ≈ (g(x + hz) − g(x)) / h, h = 2√ε (1 + |x|) / |z|.
+        """Compute gradients, and Hz as the difference of two: Hz ≈ (g(x + hz) − g(x)) / h.
 
-        Another pass a sample takes the place of second derivatives: about half their time, and none of the memory.
-        Every operation is allowed, but ε is that of the parameters' type, and autocast computes more coarsely than
-        that. Where the gradient jumps, as with rectifiers, the jumps count as curvature, and the estimate is noisy.
-        Both passes draw the same random numbers; statistics of batch normalisation see both.
+        Another pass a sample takes the place of second derivatives: about half their time, and hardly any memory.
+        Every operation is allowed. For smooth networks in float32 or finer this is Hz. It is another estimate where
+        the gradient jumps, as with rectifiers: jumps count as curvature, the more so the smaller h. Autocast computes
+        too coarsely for the h that is chosen. Both passes draw the same random numbers; statistics of batch
+        normalisation see both.
 
         Args:
             closure: returns the loss, not scaled; called once more for each sample when the Hessian is due.
             scaler: multiplies the loss for mixed precision; its scale is taken out of Hz.
             probes: as `step` takes them; None draws them.
+            distance: h · |z| over 1 + |x|; None for twice the root of the precision.
             unsynchronized: makes the context of the further calls: ``model.no_sync`` with DistributedDataParallel.
 
         Returns:
             The loss.
 
         Raises:
-            ConfigurationError: a parameter has 16 bits, whose differences mean nothing. Nothing has changed.
+            ConfigurationError: a parameter has 16 bits, whose differences mean nothing, or the distance is not above 0.
+                Nothing has changed.
         """
         if not self.hessian_due:
             loss = closure()
             (loss if scaler is None else scaler.scale(loss)).backward()
             return loss.detach()
         check_precision(self._parameters())
+        if distance is not None:
+            check_number("distance", distance, POSITIVE)
         self._begin()
         samples = self._draw() if probes is None else self._given(probes)
         state = RandomState()
@@ -283,10 +295,10 @@ class AdaHessian(ElementwiseOptimizer):
         scale = _scale(loss, scaler)
         for number, sample in enumerate(samples):
             z = self._chosen(sample, inputs)
-            with displaced(inputs, z) as distance, state.again(), unsynchronized():
+            with displaced(inputs, z, distance) as h, state.again(), unsynchronized():
                 again = closure()
                 after = torch.autograd.grad(again if scaler is None else scaler.scale(again), inputs)
-            self._take(inputs, number, z, quotients(before, after, distance), scale)
+            self._take(inputs, number, z, quotients(before, after, h), scale)
         return loss.detach()
 
     def _begin(self) -> None:
@@ -432,6 +444,8 @@ class AdaHessian(ElementwiseOptimizer):
         for number, sample in enumerate(samples):
             z = self._chosen(sample, graph.parameters)
             products = product(graph.gradients, graph.parameters, z, last=number == len(samples) - 1)
+            if graph.share != 1:
+                torch._foreach_div_(products, graph.share)
             self._take(graph.parameters, number, z, products, graph.scale)
 
     def _chosen(self, sample: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,8 @@
     Hz ≈ (g(x + hz) − g(x)) / h        h = 2√ε (1 + |x|) / |z|
 
 balances what rounding does to the difference, which is of the order ε |g| / h, against the third derivative, which
-enters with h. Both |x| and |z| are those of all parameters together.
+enters with h. Where gradients jump, their jumps enter as well, with a size of the order 1 / √h: larger distances
+soften them. Both |x| and |z| are those of all parameters together.
 """
 
 from __future__ import annotations
@@ -28,25 +29,28 @@ def check_precision(parameters: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def displaced(parameters: Sequence[Tensor], probe: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Move parameters by h along a probe, and give h; afterwards they have their values again, to the bit."""
+def displaced(parameters: Sequence[Tensor], probe: Sequence[Tensor], distance: float | None) -> Iterator[Tensor]:
+    """Move parameters by h along a probe, and give h; afterwards they have their values again, to the bit.
+
+    A distance takes the place of 2√ε.
+    """
     kept = [parameter.detach().clone() for parameter in parameters]
     device = parameters[0].device
     eps = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
-    distance = 2 * eps**0.5 * (1 + _norm(kept, device)) / _norm(probe, device)
+    h = (distance or 2 * eps**0.5) * (1 + _norm(kept, device)) / _norm(probe, device)
     with torch.no_grad():
         for parameter, z in zip(parameters, probe, strict=True):
-            parameter.add_(z * distance.to(z.device, z.real.dtype))
+            parameter.add_(z * h.to(z.device, z.real.dtype))
     try:
-        yield distance
+        yield h
     finally:
         with torch.no_grad():
             torch._foreach_copy_(list(parameters), kept)
 
 
-def quotients(before: Sequence[Tensor], after: Sequence[Tensor], distance: Tensor) -> list[Tensor]:
-    """Return the differences of gradients over the distance."""
-    return [(y - x) / distance.to(y.device, y.real.dtype) for x, y in zip(before, after, strict=True)]
+def quotients(before: Sequence[Tensor], after: Sequence[Tensor], h: Tensor) -> list[Tensor]:
+    """Return the differences of gradients over h."""
+    return [(y - x) / h.to(y.device, y.real.dtype) for x, y in zip(before, after, strict=True)]
 
 
 def _norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
