@@ -323,6 +323,12 @@ def test_ranks_that_have_nothing_to_do_crowd_nobody() -> None:
         assert busy.parts["solve"] == pytest.approx(expected * crowded.crowding(together))
 
 
+@pytest.mark.parametrize(("world_size", "turns"), [(2, 1), (4, 3), (8, 6), (4096, 24)])
+def test_a_sum_over_many_ranks_goes_up_a_tree_and_down_again(world_size: int, turns: int) -> None:
+    patient = replace(UNIT, ranks_per_node=1, total_between=Link(latency=5.0, per_peer=1.0, bandwidth=1e30))
+    assert prediction(world_size=world_size, hardware=patient).parts["mean"] == pytest.approx(5 + turns)
+
+
 def test_a_measured_step_takes_the_place_of_a_predicted_one() -> None:
     workload = replace(WORKLOAD, plain_seconds=7.0)
     found = predict(workload, place(SHAPES, 1, 1), UNIT, Settings())

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add, sub
 
 from kaisa.kfac.placement import FactorShape, LayerShape, Placement
 from kaisa.kfac.routes import (
@@ -27,7 +28,6 @@ from kaisa.kfac.routes import (
     A,
     G,
     Routes,
-    even_slices,
     header_bytes,
     int8_length,
     is_worth_slicing,
@@ -207,7 +207,8 @@ def _gathered(numbers: Sequence[int], elements: Sequence[int], each: int) -> tup
     count, total = len(numbers), sum(elements)
     if not is_worth_slicing(numbers):
         return [(count - 1) * each * mine for mine in elements], 1
-    result = [(count - 1) * each * (high - low) for low, high in even_slices(total, count)]
+    bounds = [total * index // count for index in range(count + 1)]
+    result = [(count - 1) * each * size for size in map(sub, bounds[1:], bounds)]
     for rank, (start, mine) in enumerate(zip(accumulate(elements, initial=0), elements, strict=False)):
         if mine:
             result[rank] += each * (mine - _overlap(start, start + mine, rank, total, count))
@@ -229,7 +230,7 @@ def _gradients(routes: Routes, sizes: Sizes) -> tuple[dict[str, Sent], ...]:
             numbers[place] += count
             elements[place] += int8_length([count]) if sizes.gradients == INT8 else count
         sent, needed = _gathered(numbers, elements, each)
-        total = [old + new for old, new in zip(total, sent, strict=True)]
+        total = list(map(add, total, sent))
         calls += needed
     return tuple({GRADIENTS: Sent(total[rank % length], calls)} for rank in range(placement.world_size))
 

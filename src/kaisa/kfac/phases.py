@@ -205,7 +205,7 @@ class Phases:
         return max(inside, between) if away else inside
 
     def _total(self, size: float, bucket: float | None = None) -> float:
-        """A sum over all ranks: every rank sends its part around the ring twice."""
+        """A sum over all ranks: as many bytes as a ring sends, in no more turns than a tree has."""
         if self._world == 1 or not size:
             return 0.0
         is_inside = self._world <= self.hardware.ranks_per_node
@@ -213,7 +213,8 @@ class Phases:
         moved = 2 * (self._world - 1) / self._world * size
         together = moved * self._world if is_inside else moved  # a ring passes between two nodes once
         count = 1 if bucket is None else max(1, round(size / bucket))
-        return link.seconds(moved, together, self._world - 1, count)
+        turns = min(self._world - 1, 2 * (self._world - 1).bit_length())
+        return link.seconds(moved, together, turns, count)
 
     def _gathering(self) -> float:
         """Statistics on their way, as far as the backward pass does not hide them, and the owner's average."""
