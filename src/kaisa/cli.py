@@ -43,6 +43,7 @@ from kaisa.kfac.placement import COMM_OPT, HYBRID_OPT, MEM_OPT
 from kaisa.recipes.calibration import calibrate
 from kaisa.recipes.catalogue import RECIPES
 from kaisa.recipes.comparison import (
+    Watcher,
     check_folder,
     check_same_data,
     compare,
@@ -58,6 +59,7 @@ from kaisa.recipes.plan import ALLOWED, build_plan, describe_plan, draw_trade_of
 from kaisa.recipes.progress import TerminalProgress
 from kaisa.recipes.record import FILE, Record
 from kaisa.recipes.report import build_table, conclude, draw_plot
+from kaisa.recipes.tensorboard import TensorBoard, Watchers, check_tensorboard
 from kaisa.recipes.zoo import MODELS as PLANNED_MODELS
 
 FAILED = 1
@@ -178,6 +180,15 @@ def train(
         int | None, _option(f"gpt, bert: most tokens that are told apart {_usual('vocabulary')}", panel=DATA)
     ] = None,
     output: Annotated[Path | None, _option("Folder of the run [runs/TIME-DATA-MODEL]", panel=DATA)] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option(
+            "--tensorboard",
+            help="Write losses and scores for TensorBoard",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[Path | None, _option("Go on with an interrupted run, with its own options", panel=DATA)] = None,
     model: Annotated[str | None, _option(_models(), panel=MODEL)] = None,
     contestants: Annotated[
@@ -327,6 +338,8 @@ def _resume(folder: Path, given: Sequence[str]) -> int:
 def _train(options: Options, folder: Path, *, resumed: bool) -> int:
     """Train as one of the ranks; only the first is heard."""
     load_extra("matplotlib", "the plot")
+    if options.tensorboard:
+        check_tensorboard()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     record: Record | None = None
@@ -336,12 +349,16 @@ def _train(options: Options, folder: Path, *, resumed: bool) -> int:
         with _interruptible(), _together(options) as ranks, TerminalProgress(console) as progress:
             data, record = _agreed(ranks, lambda: _prepare(options, folder, progress, resumed, is_first))
             progress.announce(data.source, folder)
-            compare(record, data, folder, progress, ranks)
+            compare(record, data, folder, _watchers(options, folder, progress, is_first), ranks)
     except KeyboardInterrupt:
         return _keep(folder, is_first and (folder / FILE).exists(), is_first)
     if is_first:
         _report(record, folder, console)
     return 0
+
+
+def _watchers(options: Options, folder: Path, progress: TerminalProgress, is_first: bool) -> Watcher:
+    return Watchers([progress, TensorBoard(folder)]) if options.tensorboard and is_first else progress
 
 
 def _prepare(

@@ -1,4 +1,4 @@
-"""Packages of the `train` extra: found, or an error that says how to get them."""
+"""Packages of the extras: found, or an error that says how to get them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from kaisa.errors import ConfigurationError
 
 
-def load_extra(module: str, purpose: str) -> Any:
+def load_extra(module: str, purpose: str, extra: str = "train") -> Any:
     """Import a module that the core of the library does not need.
 
     Raises:
@@ -19,5 +19,5 @@ def load_extra(module: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         raise ConfigurationError(
-            f"{purpose} needs {package}, which is not installed; pip install 'kaisa[train]'"
+            f"{purpose} needs {package}, which is not installed; pip install 'kaisa[{extra}]'"
         ) from error

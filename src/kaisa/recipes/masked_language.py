@@ -49,7 +49,7 @@ class TransformersBert(nn.Module):
 
     def __init__(self, width: Width) -> None:
         super().__init__()
-        transformers: Any = load_extra("transformers", "its BERT")
+        transformers: Any = load_extra("transformers", "its BERT", "transformers")
         config = transformers.BertConfig(
             vocab_size=width.tokens,
             hidden_size=width.features,

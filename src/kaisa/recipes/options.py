@@ -58,6 +58,7 @@ class Options:
         threads: of the processor; None for as many as PyTorch takes.
         device: "cpu" or "cuda".
         precision: "float32", or "bfloat16" for mixed precision.
+        tensorboard: whether losses and scores are written for TensorBoard too.
         nproc: processes that share each batch.
 
     Raises:
@@ -88,6 +89,7 @@ class Options:
     threads: int | None = None
     device: str = "cpu"
     precision: str = "float32"
+    tensorboard: bool = False
     nproc: int = 1
 
     def __post_init__(self) -> None:
