@@ -269,4 +269,6 @@ def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_every_option_of_the_command_is_explained(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--help"]) == 0
-    assert "--factor-update-steps" in capfd.readouterr().out
+    said = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "--factor-update-steps" in said
+    assert "unet, gpt, bert [digits; with --data: resnet]" in said

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kaisa.errors import CollectiveError, ConfigurationError, KaisaError
 from kaisa.kfac.arrangement import AUTO
@@ -147,7 +148,7 @@ def _models() -> str:
 
 
 def _option(text: str, *names: str, panel: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+    return typer.Option(*names, help=escape(text), rich_help_panel=panel, show_default=False)  # brackets are no markup
 
 
 @app.command()
