@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from kaisa.errors import DifferentiationError
 
 DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "rademacher": lambda x, generator: x.bernoulli_(generator=generator).mul_(2).sub_(1),
+    "rademacher": lambda x, generator: x.random_(0, 2, generator=generator).mul_(2).sub_(1),
     "gaussian": lambda x, generator: x.normal_(generator=generator),
 }
 
