@@ -127,7 +127,7 @@ class Options:
         if over:
             sizes = [size for size in (self.batch_size - over, self.batch_size - over + self.nproc) if size]
             raise ConfigurationError(
-                f"nproc is {self.nproc}, which does not divide a batch of {self.batch_size}; "
+                f"nproc is {self.nproc}, which does not divide a batch of {self.batch_size} examples; "
                 f"give --batch-size {' or '.join(map(str, sizes))}"
             )
 
