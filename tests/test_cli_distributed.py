@@ -102,11 +102,11 @@ BAD = {
     "text for a number": (["--nproc", "two"], "Invalid value for '--nproc'"),
     "unequal parts of a batch": (
         ["--nproc", "3"],
-        "nproc is 3, which does not divide a batch of 128; give --ba",
+        "nproc is 3, which does not divide a batch of 128 examples; give --ba",
     ),
     "more processes than images": (
         ["--nproc", "129"],
-        "which does not divide a batch of 128; give --batch-size 129",
+        "which does not divide a batch of 128 examples; give --batch-size 129",
     ),
     "a fraction that makes no grid": (
         ["--nproc", "4", "--grad-worker-fraction", "0.3"],
