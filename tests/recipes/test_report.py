@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,10 @@ def test_the_plot_is_a_picture(runs: tuple[Run, ...], tmp_path: Path) -> None:
         assert picture.format == "PNG"
         assert min(picture.size) > 500
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_where_the_loss_is_raced_for_it_is_told_once() -> None:
+    record = make_record(make_run("sgd", 0, [0.5, 0.3]), target=0.4)
+    record.options = replace(record.options, recipe="logistic", model="logistic")
+    labels = [str(cell) for cell in build_table(record).columns[0].cells]
+    assert labels[:4] == ["epochs to 0.4000", "seconds to 0.4000", "final test loss", "milliseconds per step"]

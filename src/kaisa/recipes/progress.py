@@ -84,7 +84,8 @@ class TerminalProgress:
     def epoch(self, training: Training) -> None:
         """Show the end of an epoch: every run's last, others now and then."""
         last = training.history[-1]
-        figures = f"test loss {last.test_loss:.3f}  test {training.score.name} {training.score.write(last.test_score)}"
+        loss = "" if training.score.is_loss else f"test loss {last.test_loss:.3f}  "
+        figures = f"{loss}test {training.score.name} {training.score.write(last.test_score)}"
         if self._running is not None:
             self._bars.update(self._running, figures=figures)
         quiet = time.monotonic() - self._said < PAUSE

@@ -54,6 +54,8 @@ def _rows(target: float, results: Sequence[Result], score: Score) -> list[tuple[
         ("peak memory", lambda result: _mebibytes(result.peak_memory)),
         ("learning rate", lambda result: f"{result.learning_rate:g}"),
     ]
+    if score.is_loss:
+        del rows[3]  # it would say the same again
     if results[0].runs > 1:
         rows.insert(2, (f"runs that reach {aim}", lambda r: f"{r.reached} of {r.runs}"))
     return rows

@@ -75,6 +75,11 @@ class Score:
         """Return the two sums over a batch whose mean loss over its terms is known."""
         return (self.per_loss * loss * terms, terms) if self.count is None else self.count(outputs, targets)
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether it is the loss itself."""
+        return self.count is None and self.per_loss == 1
+
     def reaches(self, value: float, target: float) -> bool:
         """Whether a value is as good as a target."""
         return value <= target if self.is_cost else value >= target
