@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kaisa
-from kaisa.cli import _agreed
+from kaisa.commands.processes import agreed
 from kaisa.errors import ConfigurationError, DataError, KaisaError
 from kaisa.kfac import solvers
 from kaisa.kfac.account import Account, Sent, Sizes, account
@@ -242,8 +242,8 @@ def test_a_refusal_of_one_rank_is_said_once_and_ends_all() -> None:
 
     def outcome(ranks: Collectives) -> str:
         with pytest.raises(KaisaError) as caught:
-            _agreed(ranks, lambda: prepare(ranks))
+            agreed(ranks, lambda: prepare(ranks))
         return type(caught.value).__name__
 
     assert run(3, outcome) == ["RefusedElsewhere", "DataError", "RefusedElsewhere"]
-    assert _agreed(Alone(), lambda: prepare(Alone())) == "prepared"
+    assert agreed(Alone(), lambda: prepare(Alone())) == "prepared"

@@ -1,0 +1,1 @@
+"""The commands of `kaisa`, a file each; `kaisa.cli` puts them together."""
