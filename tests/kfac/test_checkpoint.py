@@ -70,10 +70,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "ekfac", "until": STOP, "options": {**mem, "solver": "ekfac"}, "save": str(folder / "ekfac_of_two")},
     ]
     with torchrun(folder, {"plans": two}, 2, worker="checkpoint_worker.py") as world:
-        assert world.wait(60) == 0, world.log
+        assert world.wait(300) == 0, world.log
     three = [{"name": "three", "until": END, "options": mem, "load": str(folder / "of_two")}]
     with torchrun(folder, {"plans": three}, 3, worker="checkpoint_worker.py") as world:
-        assert world.wait(60) == 0, world.log
+        assert world.wait(300) == 0, world.log
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.support.torchrun import World, torchrun
 
-LONGEST = 60
+LONGEST = 300
 TIMEOUT = 4
 
 

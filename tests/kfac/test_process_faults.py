@@ -13,7 +13,8 @@ import torch
 from tests.support.torchrun import World, torchrun
 
 TIMEOUT = 4  # seconds that a rank waits for another
-LONGEST = 60  # seconds that any of these runs may take
+PATIENCE = 15 * TIMEOUT  # far from the half-hour that a rank would wait of itself
+LONGEST = 300  # seconds after which any of these runs hangs
 PLAN = {"timeout": TIMEOUT, "options": {"grad_worker_fraction": "mem"}}
 
 
@@ -58,7 +59,7 @@ def test_a_killed_rank_is_named_and_the_restarted_run_equals_an_undisturbed_one(
     assert status == 0, world.log
     assert "CollectiveError" in world.error(0)
     assert "rank 1 is dead or unreachable" in world.error(0)
-    assert seconds(world, 0) < 2 * TIMEOUT + 3
+    assert seconds(world, 0) < PATIENCE
     assert (tmp_path / f"resumed_at_{resumed}").exists()
     for rank in (0, 1):
         assert_equal_to_the_bit(tmp_path, undisturbed, rank)
@@ -134,7 +135,7 @@ def test_a_rank_that_skips_a_step_is_an_error_that_says_where_both_are(tmp_path:
     place = r"exchange \d+ \(\w+\)"
     last = rf"rank 1 (lives and is at {place}|has ended, last seen at {place}, where it lost another rank)"
     assert re.search(rf"{last}.*; rank 0 is at {place}", world.error(0))
-    assert seconds(world, 0) < 2 * TIMEOUT + 3
+    assert seconds(world, 0) < PATIENCE
 
 
 def test_an_interrupt_ends_everybody(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class World:
         """Returns the ids of ranks that still run."""
         return [pid for pid in self._processes() if _is_ours(pid)]
 
-    def wait_for(self, name: str, seconds: float = 30.0) -> None:
+    def wait_for(self, name: str, seconds: float = 120.0) -> None:
         """Waits until the ranks have written a file."""
         end = time.monotonic() + seconds
         while not (self.folder / name).exists():

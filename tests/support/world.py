@@ -44,7 +44,7 @@ class Meeting:
 class World:
     """Where the ranks meet."""
 
-    def __init__(self, size: int, timeout: float = 10.0) -> None:
+    def __init__(self, size: int, timeout: float = 120.0) -> None:
         self.size = size
         self.timeout = timeout
         self.failure: str | None = None
@@ -186,7 +186,7 @@ class Simulated(Collectives):
         return wait
 
 
-def run(world_size: int, function: Callable[[Simulated], T], timeout: float = 10.0) -> list[T]:
+def run(world_size: int, function: Callable[[Simulated], T], timeout: float = 120.0) -> list[T]:
     """Runs a function on every rank of a new world and returns the results in the order of ranks.
 
     Raises:
@@ -199,7 +199,7 @@ def run(world_size: int, function: Callable[[Simulated], T], timeout: float = 10
 
 
 def run_all(
-    world_size: int, function: Callable[[Simulated], T], timeout: float = 10.0
+    world_size: int, function: Callable[[Simulated], T], timeout: float = 120.0
 ) -> tuple[dict[int, T], dict[int, BaseException]]:
     """Runs a function on every rank, and returns the results and the failures by rank, the first failure first."""
     world = World(world_size, timeout)
