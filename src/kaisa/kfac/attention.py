@@ -5,6 +5,9 @@ libraries that register them fail). Here PyTorch's own forward runs unchanged, w
 ``linear``, a recording ``linear`` runs, which computes the same and notes input and output. Same kernels, same random
 numbers, same result to the bit; no module-wide state, so that threads do not disturb one another.
 
+A subclass that computes its projections otherwise has ``forward_with(watch, …)``: its forward, in which each of them is
+``watch(product, x, weight, bias)``.
+
 A packed weight (3E, E) is three layers, the queries', keys' and values' rows, with a G of E × E each, not of 3E × 3E.
 """
 
@@ -17,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaisa.kfac.layers import Layer, LayerOptions, NotCovered, Projection, register
+from kaisa.kfac.layers import Layer, LayerOptions, NotCovered, Projection, register, register_name
 
 Record = Callable[[Layer, nn.Module, Tensor, Tensor, slice], None]
 
@@ -44,6 +47,7 @@ def projections(name: str, module: nn.MultiheadAttention, options: LayerOptions)
 
 
 register(nn.MultiheadAttention, projections)
+register_name("kaisa.quantize.attention.QuantizedMultiheadAttention", projections)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class RecordedForward:
         if not active:
             return type(self.module).forward(self.module, *args, **kwargs)
         linear = _RecordingLinear(self.module, active)
+        if hasattr(self.module, "forward_with"):  # a subclass whose products are its own shows them itself
+            return self.module.forward_with(linear.watch, *args, **kwargs)
         attention = _rebound(
             F.multi_head_attention_forward,
             # With a default device torch would hand the call on to the function that does not record.
@@ -128,7 +134,10 @@ class _RecordingLinear:
         self.batch_size = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = F.linear(x, weight, bias)
+        return self.watch(F.linear, x, weight, bias)
+
+    def watch(self, product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = product(x, weight, bias)
         if x.ndim == 3:  # (positions, batch, in), as attention computes whatever batch_first says
             self.batch_size = x.shape[1]
             by_batch, output_by_batch = x, output

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kaisa.errors import ConfigurationError
-from kaisa.kfac.layers import Embedding, Layer, LayerOptions, Norm, NotCovered, TiedEmbedding, factory_of
+from kaisa.kfac.layers import Embedding, Layer, LayerOptions, Linear, Norm, NotCovered, TiedEmbedding, factory_of
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Survey:
 
     def _tie(self, name: str, module: nn.Module, owner: Layer) -> None:
         """Adds a module that shares the weight of an earlier layer, where there is a rule for the two uses."""
-        if type(owner) is Embedding and type(module) is nn.Linear:
+        if type(owner) is Embedding and factory_of(module) is Linear and isinstance(module, nn.Linear):
             self.layers[owner.name] = tied = TiedEmbedding(owner, module)
             self._owner[owner.weight] = tied
             self._reword(owner.name, tied.treatment, True)

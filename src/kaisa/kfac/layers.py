@@ -582,8 +582,12 @@ _FACTORIES: dict[type[nn.Module] | str, LayerFactory] = {
     nn.ConvTranspose3d: Convolution,
     nn.Embedding: Embedding,
     **dict.fromkeys(_NORMS, Norm),
-    # By name, because Transformers need not be installed.
+    # By name, because Transformers need not be installed, and systems do not import one another.
     "transformers.pytorch_utils.Conv1D": TransposedLinear,
+    "kaisa.quantize.layers.QuantizedLinear": Linear,
+    "kaisa.quantize.layers.QuantizedConv1d": Convolution,
+    "kaisa.quantize.layers.QuantizedConv2d": Convolution,
+    "kaisa.quantize.layers.QuantizedConv3d": Convolution,
 }
 
 
@@ -595,6 +599,11 @@ def register(module_type: type[nn.Module], factory: LayerFactory) -> None:
         factory: ``factory(name, module, options)`` returns a ``Layer``, several, or raises ``NotCovered(reason)``.
     """
     _FACTORIES[module_type] = factory
+
+
+def register_name(name: str, factory: LayerFactory) -> None:
+    """Does as ``register`` for the type that is called ``module.qualname``, without importing it."""
+    _FACTORIES[name] = factory
 
 
 def factory_of(module: nn.Module) -> LayerFactory | None:
