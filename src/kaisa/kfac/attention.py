@@ -74,8 +74,9 @@ class RecordedForward:
         if not active:
             return type(self.module).forward(self.module, *args, **kwargs)
         linear = _RecordingLinear(self.module, active)
-        if hasattr(self.module, "forward_with"):  # a subclass whose products are its own shows them itself
-            return self.module.forward_with(linear.watch, *args, **kwargs)
+        forward_with: Any = getattr(self.module, "forward_with", None)
+        if forward_with is not None:  # a subclass whose products are its own shows them itself
+            return forward_with(linear.watch, *args, **kwargs)
         attention = _rebound(
             F.multi_head_attention_forward,
             # With a default device torch would hand the call on to the function that does not record.
