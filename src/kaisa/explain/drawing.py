@@ -1,0 +1,190 @@
+"""Drawings of explanations with matplotlib, without a display and without its global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from kaisa.explain.needs import load
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 8  # inputs of a batch
+BARS = 15  # features, training examples
+PANEL = 2.6  # inches
+WORDS = 12  # tokens in a line
+
+
+class Drawable(Protocol):
+    """What is drawn of an explanation."""
+
+    # What each of these is, `Explanation` says.
+    @property
+    def method(self) -> str: ...
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def target(self) -> tuple[int, ...] | None: ...
+    @property
+    def quality(self) -> Mapping[str, tuple[float, ...]]: ...
+    @property
+    def details(self) -> Mapping[str, Any]: ...
+    @property
+    def inputs(self) -> Tensor | tuple[str, ...] | None: ...
+    @property
+    def names(self) -> tuple[Any, ...]: ...
+
+
+def figure(explanation: Drawable) -> Figure:
+    """Draw an explanation: a row of panels for each input, with the figures of quality above."""
+    draw = {
+        "map": _maps,
+        "features": _features,
+        "tokens": _tokens,
+        "picture": _pictures,
+        "trace": _traces,
+        "examples": _examples,
+    }[explanation.kind]
+    canvas = draw(explanation)
+    canvas.suptitle(_title(explanation), fontsize=9)
+    return canvas
+
+
+def _title(explanation: Drawable) -> str:
+    target = "" if explanation.target is None else f", target {', '.join(map(str, explanation.target[:SHOWN]))}"
+    figures = [f"{name} {figures[0]:.3g}" for name, figures in explanation.quality.items() if len(figures)]
+    return f"{explanation.method}{target}" + (f"\n{'   '.join(figures)}" if figures else "")
+
+
+def _canvas(rows: int, columns: int, width: float = PANEL, height: float = PANEL) -> tuple[Figure, Any]:
+    found = load("matplotlib.figure", "a drawing").Figure((columns * width, rows * height + 0.6), layout="constrained")
+    return found, found.subplots(rows, columns, squeeze=False)
+
+
+def _maps(explanation: Drawable) -> Figure:
+    values = explanation.values[:SHOWN]
+    inputs = explanation.inputs
+    if isinstance(inputs, Tensor) and inputs.dim() == 4 and values.dim() >= 3:
+        return _overlays(inputs[:SHOWN], values)
+    canvas, axes = _canvas(len(values), 1, width=2 * PANEL)
+    for axis, value in zip(axes[:, 0], values, strict=True):
+        rows = value.reshape(-1, value.shape[-1]).float().numpy()
+        _heat(axis, rows)
+        axis.set_aspect("auto")
+    return canvas
+
+
+def _overlays(inputs: Tensor, values: Tensor) -> Figure:
+    """Draw each image, the values alone and the values over the image."""
+    canvas, axes = _canvas(len(values), 3)
+    for line, image, value in zip(axes, inputs, values, strict=True):
+        heat = (value.sum(0) if value.dim() == 3 else value).float().numpy()
+        shown = _colours(image)
+        for axis in line:
+            axis.set_axis_off()
+        line[0].imshow(shown)
+        _heat(line[1], heat)
+        line[2].imshow(shown.mean(2), cmap="gray", vmin=0, vmax=1)
+        _heat(line[2], heat, alpha=0.6)
+    return canvas
+
+
+def _heat(axis: Any, heat: np.ndarray[Any, Any], alpha: float = 1.0) -> None:
+    limit = float(np.abs(heat).max()) or 1.0
+    signed = bool((heat < 0).any())
+    axis.imshow(heat, cmap="RdBu_r" if signed else "inferno", vmin=-limit if signed else 0, vmax=limit, alpha=alpha)
+
+
+def _colours(image: Tensor) -> np.ndarray[Any, Any]:
+    """Return an image of any number of channels and any range as (height, width, 3) in 0…1."""
+    picture = image.float()
+    picture = picture if picture.shape[0] == 3 else picture.mean(0, keepdim=True).expand(3, -1, -1)
+    low, high = picture.min(), picture.max()
+    if low < 0 or high > 1:
+        picture = (picture - low) / (high - low if high > low else 1.0)
+    return picture.permute(1, 2, 0).numpy()
+
+
+def _bars(axis: Any, names: Sequence[str], values: Sequence[float]) -> None:
+    colours = ["tab:red" if value > 0 else "tab:blue" for value in values]
+    places = range(len(values))
+    axis.barh(places, values, color=colours)
+    axis.set_yticks(places, [_plain(name) for name in names], fontsize=8)
+    axis.axvline(0, color="black", linewidth=0.6)
+    axis.invert_yaxis()
+
+
+def _features(explanation: Drawable) -> Figure:
+    values = explanation.values[:SHOWN]
+    names = explanation.names or tuple(f"x{index}" for index in range(values.shape[1]))
+    canvas, axes = _canvas(len(values), 1, 2 * PANEL, 0.6 + 0.22 * min(BARS, values.shape[1]))
+    for axis, value in zip(axes[:, 0], values, strict=True):
+        order = value.abs().argsort(descending=True)[:BARS].tolist()
+        _bars(axis, [str(names[index]) for index in order], value[order].tolist())
+    return canvas
+
+
+def _tokens(explanation: Drawable) -> Figure:
+    values = explanation.values[:SHOWN]
+    lines = -(-values.shape[1] // WORDS)
+    canvas, axes = _canvas(len(values), 1, 3 * PANEL, 0.5 + 0.35 * lines)
+    colours = load("matplotlib", "a drawing").colormaps["RdBu_r"]
+    for row, (axis, value) in enumerate(zip(axes[:, 0], values, strict=True)):
+        tokens = _tokens_of(explanation, row, len(value))
+        limit = float(value.abs().max()) or 1.0
+        axis.set(xlim=(0, WORDS), ylim=(lines, 0))
+        axis.set_axis_off()
+        for place, (token, weight) in enumerate(zip(tokens, value.tolist(), strict=False)):
+            box = {"facecolor": colours(0.5 + 0.4 * weight / limit), "edgecolor": "none", "pad": 2}
+            axis.text(place % WORDS, place // WORDS + 0.5, _plain(token), fontsize=8, va="center", bbox=box)
+    return canvas
+
+
+def _tokens_of(explanation: Drawable, row: int, count: int) -> Sequence[str]:
+    names = explanation.names
+    if names and isinstance(names[0], str):
+        return [str(name) for name in names]
+    if row < len(names):
+        return list(names[row])
+    inputs = explanation.inputs
+    return [str(token) for token in inputs[row].tolist()] if isinstance(inputs, Tensor) else [""] * count
+
+
+def _pictures(explanation: Drawable) -> Figure:
+    pictures = explanation.values[:SHOWN]
+    trace = explanation.details.get("trace")
+    canvas, axes = _canvas(1, len(pictures) + (trace is not None))
+    for axis, picture in zip(axes[0], pictures, strict=False):
+        axis.imshow(_colours(picture if picture.dim() == 3 else picture.reshape(1, -1, picture.shape[-1])))
+        axis.set_axis_off()
+    if trace is not None:
+        axes[0][-1].plot(np.asarray(trace).T if np.ndim(trace) > 1 else np.asarray(trace))
+        axes[0][-1].set(xlabel="step", title="objective")
+    return canvas
+
+
+def _traces(explanation: Drawable) -> Figure:
+    canvas, axes = _canvas(1, 1, 2 * PANEL)
+    axes[0][0].plot(explanation.values.reshape(-1, explanation.values.shape[-1]).T.float().numpy())
+    return canvas
+
+
+def _examples(explanation: Drawable) -> Figure:
+    values = explanation.values[:SHOWN]
+    values = values if values.dim() == 2 else values[None]
+    canvas, axes = _canvas(len(values), 1, 2 * PANEL)
+    for axis, value in zip(axes[:, 0], values, strict=True):
+        order = value.abs().argsort(descending=True)[:BARS].tolist()
+        _bars(axis, [f"example {index}" for index in order], value[order].tolist())
+    return canvas
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib does not take for mathematics."""
+    return str(text).replace("$", r"\$")
