@@ -10,6 +10,7 @@ decompositions  what is held of every layer between two inverse steps
 coverage      which layers are preconditioned, and why the others are not
 fisher, damping, trust_region   the choices of a step
 capture       hooks: one backward pass in, Statistics out
+mean          factors over a data set, at fixed weights
 preconditioner  the step, in phases
 """
 
@@ -18,6 +19,7 @@ from kaisa.kfac.damping import LevenbergMarquardt
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import Layer, LayerOptions, MatrixLayer, NotCovered, register
+from kaisa.kfac.mean import mean_factors
 from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import Placement
 from kaisa.kfac.preconditioner import KFACPreconditioner
@@ -49,5 +51,6 @@ __all__ = [
     "Statistics",
     "TrustRegion",
     "WarmStart",
+    "mean_factors",
     "register",
 ]
