@@ -335,7 +335,9 @@ def test_rounded_payloads_stay_near_and_leave_all_ranks_equal(workers: int, form
     payload = Payload(statistics=form, gradients=form)
     exact, _ = of_ranks(4, equal_shares(4, grad_worker_fraction=workers / 4))
     rounded, _ = of_ranks(4, equal_shares(4, grad_worker_fraction=workers / 4, payload=payload))
-    assert 1e-6 < distance(rounded[0], exact[0]) < 0.1
+    # of all numbers together: the largest error of a single one depends on the draw
+    found, expected = (torch.cat([value.flatten() for value in values[0].values()]) for values in (rounded, exact))
+    assert 1e-6 < float((found - expected).norm() / expected.norm()) < 0.03
 
 
 def test_sums_too_large_for_their_payload_never_reach_a_factor() -> None:

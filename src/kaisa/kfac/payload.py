@@ -1,8 +1,9 @@
 """How numbers are written for the way: as they are, in a shorter type, or in 8 bits rounded at random.
 
-The 8-bit form keeps one scale for each block of 128 numbers of a factor or gradient and rounds x · 127 / max|x| up or
-down with the probability that makes the result right on average: E[decode(encode(x))] = x, within one step max|x| / 127
-of the block. A sum over ranks averages the rounding out, and the running average of the factors does so over time.
+The 8-bit form keeps one grid (`kaisa.grids`) for each block of 128 numbers of a factor or gradient, from −max|x| to
+max|x|, and rounds up or down with the probability that makes the result right on average: E[decode(encode(x))] = x,
+within one step max|x| / 127 of the block. A sum over ranks averages the rounding out, and the running average of the
+factors does so over time.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kaisa.errors import ConfigurationError
+from kaisa.grids import Grid, symmetric
 from kaisa.kfac.routes import BLOCK, INT8, SCALE_BYTES, blocks_of, int8_length
 
-_LEVELS = 127
+_BINS = 254  # codes from −127 to 127
 
 Wire = torch.dtype | str | None
 
@@ -78,14 +80,11 @@ def encode(parts: Sequence[Tensor], form: Wire, like: Tensor, seed: int) -> Tens
         return numbers if form is None else numbers.to(form)
     padded = [F.pad(part.float(), (0, -part.numel() % BLOCK)).reshape(-1, BLOCK) for part in parts]
     blocks = torch.cat(padded) if padded else like.new_empty(0, BLOCK).float()
-    scales = blocks.abs().amax(1, keepdim=True) / _LEVELS
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    noise = torch.rand(blocks.shape, generator=generator, device=like.device)
-    # A block of zeros has the scale 0; the quotient's NaN becomes 0.
-    rounded = torch.floor(torch.nan_to_num(blocks / scales, posinf=0.0, neginf=0.0) + noise)
-    values = rounded.clamp(-_LEVELS, _LEVELS).to(torch.int8).split([blocks_of(part.numel()) for part in parts])
-    unpadded = [value.flatten()[: part.numel()] for value, part in zip(values, parts, strict=True)]
-    return torch.cat((scales.flatten().view(torch.int8), *unpadded))
+    grid = symmetric(blocks.abs().amax(1, keepdim=True), _BINS)
+    codes = grid.encode(blocks, generator=torch.Generator(device=like.device).manual_seed(seed)).to(torch.int8)
+    of_parts = codes.split([blocks_of(part.numel()) for part in parts])
+    unpadded = [code.flatten()[: part.numel()] for code, part in zip(of_parts, parts, strict=True)]
+    return torch.cat((grid.step.flatten().view(torch.int8), *unpadded))
 
 
 def decode(message: Tensor, sizes: Sequence[int], form: Wire, dtype: torch.dtype) -> Tensor:
@@ -96,5 +95,8 @@ def decode(message: Tensor, sizes: Sequence[int], form: Wire, dtype: torch.dtype
     start = SCALE_BYTES * sum(counts)
     header = message[:start].clone().view(torch.float32).to(dtype)  # a copy, because a view wants alignment
     parts = zip(message[start:].split(list(sizes)), header.split(counts), sizes, strict=True)
-    numbers = [values.to(dtype) * scales.repeat_interleave(BLOCK)[:size] for values, scales, size in parts]
+    numbers = [
+        Grid(steps.repeat_interleave(BLOCK)[:size], None, -_BINS // 2, _BINS).decode(codes.to(dtype))
+        for codes, steps, size in parts
+    ]
     return torch.cat(numbers) if numbers else header
