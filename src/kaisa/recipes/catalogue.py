@@ -73,8 +73,9 @@ IMAGE_MODELS: dict[str, Builder] = {
     "resnet101": _large(resnet101),
     "resnet152": _large(resnet152),
 }
-UNETS: dict[str, Builder] = {"unet8": _unet(8), "unet16": _unet(16), "unet32": _unet(32), "unet64": _unet(64)}
+UNETS: dict[str, Builder] = {f"unet{width}": _unet(width) for width in (8, 4, 16, 32, 64)}
 GPTS: dict[str, Builder] = {
+    "gpt-nano": _gpt(_width(2, 64)),
     "gpt-tiny": _gpt(_width(2, 128)),
     "gpt-mini": _gpt(_width(4, 128)),
     "gpt-small": _gpt(_width(6, 256)),
@@ -82,6 +83,7 @@ GPTS: dict[str, Builder] = {
 }
 BERTS: dict[str, Builder] = {
     "bert-tiny": _bert(_width(2, 128)),
+    "bert-nano": _bert(_width(2, 64)),
     "bert-mini": _bert(_width(4, 256)),
     "bert-base": _bert(language.BERT_BASE),
     "bert-large": _bert(language.BERT_LARGE),

@@ -112,6 +112,7 @@ def encoder(blocks: int, width: int) -> nn.Module:
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
+    "resnet8": lambda shape, classes: resnet(shape, classes, 1),
     "resnet20": lambda shape, classes: resnet(shape, classes, 3),
     "resnet32": lambda shape, classes: resnet(shape, classes, 5),
     "logistic": logistic,
