@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kaisa.commands.race import race
 from kaisa.recipes.distributed import build_accounts, describe_account
 from kaisa.recipes.zoo import MODELS as PLANNED_MODELS
 
 bench = typer.Typer(help="Figures of the library.", no_args_is_help=False)
+bench.command()(race)
 
 
 @bench.callback()

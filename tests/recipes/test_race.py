@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kaisa.errors import ConfigurationError, StateError
+from kaisa.recipes.race.courses import FACTOR, Course, find_course
+from kaisa.recipes.race.entrants import ENTRANTS, Driver, Entrant, Muon, find_entrant, growing
+from kaisa.recipes.race.heat import Look, Plan, run_heat, thin_tests
+from kaisa.recipes.race.ledger import FINAL, STAGES, TUNE, Ledger
+from kaisa.recipes.race.runner import Grounds, run
+from kaisa.recipes.race.stages import FINAL_SEEDS, TARGET_SEEDS, TUNING_SEED, Race
+from kaisa.recipes.race.standings import by_cpu as cpu
+from kaisa.recipes.race.standings import draw, saved, stand, write_table
+from kaisa.recipes.tasks import REGRESSION, Lesson
+from tests.recipes.conftest import write_images
+
+COURSE = Course(
+    "resnet", {"model": "cnn", "batch_size": 4}, steps=8, look_every=3, tests=10, control="sgd", rates={"sgd": 0.01}
+)
+ENTRANTS_HERE = [find_entrant(name) for name in ("sgd", "adamw", "eigen on sgd")]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "race", "small", COURSE)
+
+
+@pytest.fixture
+def race(ledger: Ledger) -> Race:
+    return Race.of(ledger, ENTRANTS_HERE)
+
+
+@pytest.fixture
+def grounds(tmp_path: Path) -> Grounds:
+    return Grounds({"images": str(write_images(tmp_path / "images"))}, cache=tmp_path / "cache")
+
+
+def curve(steps: int, values: dict[int, float], pace: float = 1.0) -> list[Look]:
+    """Return looks at some steps, the last of them at the end."""
+    assert max(values) == steps
+    return [Look(step, 2 * pace * step, pace * step, value) for step, value in sorted(values.items())]
+
+
+def keep(race: Race, stage: str, plan: Plan, values: dict[int, float], pace: float = 1.0) -> None:
+    race.ledger.write(plan, stage, curve(plan.steps, values, pace), {"end": "finished"})
+
+
+def tune(race: Race, made_of: dict[str, float]) -> list[tuple[str, float, int, int]]:
+    """Tune with runs whose value at the end is the less the farther a rate is from the best one."""
+    order = []
+    while (plan := next(race.due(TUNE), None)) is not None:
+        off = abs(math.log(plan.rate / made_of[plan.entrant.name]))
+        end = max(0.05, 0.8 - 0.1 * off) - (0.05 if plan.steps < COURSE.steps else 0) + 0.001 * (plan.seed - 1000)
+        end += 0.2 if plan.entrant.kfac else 0
+        keep(race, TUNE, plan, {1: 0.0, plan.steps: end})
+        order.append((plan.entrant.name, plan.rate, plan.steps, plan.seed))
+    return order
+
+
+# --------------------------------------------------------------------------------------------------------- the rules
+
+
+def test_everybody_is_tried_with_as_many_rates(race: Race) -> None:
+    middles = {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE}
+    order = tune(race, middles)
+    for entrant in ENTRANTS_HERE:
+        rates = [rate for name, rate, steps, _ in order if name == entrant.name and steps == race.short]
+        assert rates == pytest.approx([middles[entrant.name] * factor for factor in (1, 1 / FACTOR, FACTOR)])
+
+
+@pytest.mark.parametrize("side", [FACTOR, 1 / FACTOR])
+def test_a_best_rate_at_the_end_of_the_grid_has_one_more_tried_beyond_it(race: Race, side: float) -> None:
+    middles = {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE}
+    order = tune(race, {**middles, "adamw": middles["adamw"] * side**2})
+    rates = [rate for name, rate, steps, _ in order if name == "adamw" and steps == race.short]
+    assert len(rates) == 4
+    assert rates[-1] == pytest.approx(middles["adamw"] * side**2)
+    assert race.chosen(find_entrant("adamw")) == pytest.approx((rates[-1], COURSE.steps))
+
+
+def test_the_target_is_the_worst_final_value_of_the_tuned_control(race: Race) -> None:
+    assert race.target() is None
+    tune(race, {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE})
+    values = {heat.seed: heat.value for heat in race.ledger.heats(TUNE) if heat.steps == 8 and heat.rate == 0.01}
+    assert set(values) == set(TARGET_SEEDS)
+    assert race.target() == min(values.values())
+
+
+def test_the_seeds_of_the_finals_are_others_than_those_of_tuning() -> None:
+    assert not {*FINAL_SEEDS} & {TUNING_SEED, *TARGET_SEEDS}
+
+
+def test_who_misses_the_target_on_the_short_schedule_gets_the_whole_one_but_for_the_control(race: Race) -> None:
+    tune(race, {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE})
+    steps = {entrant.name: race.chosen(entrant)[1] for entrant in ENTRANTS_HERE}  # type: ignore[index]
+    assert steps == {"sgd": race.short, "adamw": COURSE.steps, "eigen on sgd": race.short}
+
+
+def test_a_rate_that_reaches_the_target_sooner_is_chosen_before_one_that_ends_better(race: Race) -> None:
+    control = race.control
+    for rate in COURSE.grid(control):
+        keep(race, TUNE, Plan(control, rate, 8, TUNING_SEED), {8: 0.5 if rate == 0.01 else 0.4})
+    for seed in TARGET_SEEDS[1:]:
+        keep(race, TUNE, Plan(control, 0.01, 8, seed), {8: 0.5})
+    ours = find_entrant("eigen on sgd")
+    middle, low, high = COURSE.grid(ours)
+    keep(race, TUNE, Plan(ours, low, 4, TUNING_SEED), {2: 0.1, 4: 0.9})
+    keep(race, TUNE, Plan(ours, middle, 4, TUNING_SEED), {2: 0.5, 4: 0.6})
+    keep(race, TUNE, Plan(ours, high, 4, TUNING_SEED), {2: 0.1, 4: math.nan})
+    assert race.chosen(ours) == (middle, 4)
+
+
+def test_finals_before_tuning_are_refused(race: Race) -> None:
+    with pytest.raises(StateError, match="resnet: not tuned yet: sgd, adamw, eigen on sgd; run --stage tune first"):
+        next(race.due(FINAL))
+
+
+def test_contestants_take_turns_and_each_seed_begins_with_another_one(race: Race) -> None:
+    tune(race, {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE})
+    order = [(plan.seed, plan.entrant.name, plan.steps) for plan in race.due(FINAL)]
+    field = [("sgd", 8), ("sgd", 4), ("adamw", 8), ("eigen on sgd", 4)]
+    turns = [[(name, steps) for seed, name, steps in order if seed == one] for one in FINAL_SEEDS]
+    assert [seed for seed, *_ in order] == sorted([*FINAL_SEEDS] * 4)
+    assert turns == [field, field[1:] + field[:1], field[2:] + field[:2]]
+
+
+def test_unknown_names_are_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigurationError, match="unknown contestant 'lion'; choose from sgd, adamw, muon"):
+        find_entrant("lion")
+    with pytest.raises(ConfigurationError, match="no course small 'digits'; choose from resnet, unet, gpt, bert"):
+        find_course("digits", "small")
+
+
+# -------------------------------------------------------------------------------------------------------- the ledger
+
+
+def test_a_heat_read_is_the_heat_written(race: Race) -> None:
+    plan = Plan(race.control, 0.01, 8, 0)
+    written = race.ledger.write(plan, FINAL, curve(8, {2: 0.25, 8: math.nan}), {"end": "diverged"})
+    read = race.ledger.read(plan, FINAL)
+    assert read is not None
+    assert read.looks[0] == written.looks[0]
+    assert math.isnan(read.value)
+    assert (read.end, read.conditions, read.about) == ("diverged", written.conditions, written.about)
+    assert {"machine", "versions", "commit", "ended", "preconditioning"} <= set(read.about)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 1}', '{"format": 0, "kind": "kaisa bench race"}', "[]"])
+def test_a_torn_file_is_a_heat_to_run_again(race: Race, text: str) -> None:
+    plan = next(race.due(TUNE))
+    keep(race, TUNE, plan, {8: 0.5})
+    assert next(race.due(TUNE)) != plan
+    race.ledger.path(plan, TUNE).write_text(text)
+    assert next(race.due(TUNE)) == plan
+
+
+def test_a_heat_of_other_conditions_is_a_heat_to_run_again(race: Race) -> None:
+    plan = next(race.due(TUNE))
+    keep(race, TUNE, plan, {8: 0.5})
+    other = Race.of(replace(race.ledger, course=replace(COURSE, tests=5)), ENTRANTS_HERE)
+    assert next(other.due(TUNE)) == plan
+
+
+# --------------------------------------------------------------------------------------------------------- the heats
+
+
+def test_two_heats_of_one_plan_have_the_same_values_and_other_contestants_the_same_start(lesson: Lesson) -> None:
+    lesson = thin_tests(lesson, 10)
+    plan = Plan(find_entrant("eigen on sgd"), 0.01, 5, 0)
+    first, about = run_heat(plan, COURSE, lesson)
+    second, _ = run_heat(plan, COURSE, lesson)
+    assert [(look.step, look.value) for look in first] == [(look.step, look.value) for look in second]
+    assert [look.step for look in first] == [3, 5]
+    assert about["end"] == "finished"
+    assert about["phases"]["factors"] > 0
+    assert 0 < first[0].seconds < first[1].seconds
+
+
+def test_a_value_that_is_no_number_ends_a_heat(lesson: Lesson) -> None:
+    lesson = replace(lesson, task=REGRESSION)
+    looks, about = run_heat(Plan(find_entrant("sgd"), 1e30, 8, 0), COURSE, lesson)
+    assert about["end"] == "diverged"
+    assert looks[-1].step < 8
+
+
+def test_a_contestant_that_gives_up_ends_its_heat_and_not_the_race(lesson: Lesson) -> None:
+    looks, about = run_heat(Plan(find_entrant("sgd"), 0.1, 8, 0), COURSE, replace(lesson, build=_Broken))
+    assert about["end"] == "failed: the matrix is singular"
+    assert not looks
+
+
+class _Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the matrix is singular")
+
+
+def test_thinned_tests_are_spread_evenly_over_all_of_them(lesson: Lesson) -> None:
+    whole = torch.cat([targets for _, targets in lesson.tests])
+    thin = torch.cat([targets for _, targets in thin_tests(lesson, 8).tests])
+    assert torch.equal(thin, whole[::3])
+
+
+@pytest.mark.parametrize("entrant", [one for one in ENTRANTS.values() if one.is_present], ids=lambda one: one.name)
+def test_every_contestant_that_is_there_learns(entrant: Entrant, lesson: Lesson) -> None:
+    course = find_course("resnet", "small")
+    torch.manual_seed(0)
+    model = lesson.build()
+    driver = Driver.start(entrant, model, course.preconditioning(entrant), lesson.batches.terms, 0)
+    driver.set_rate(course.grid(entrant)[0] / 30)
+    inputs, targets = next(lesson.batches.epoch(0))
+    losses = []
+    for _ in range(6):
+        with driver.forward():
+            loss = lesson.task.loss(model(inputs), targets)
+        driver.step(loss)
+        losses.append(loss.item())
+    driver.close()
+    assert min(losses[1:]) < losses[0]
+
+
+def test_muon_turns_hidden_matrices_and_leaves_the_last_layer_to_adamw() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = Muon(model)
+    muon, adamw = optimizer.parts
+    assert [tuple(p.shape) for p in muon.param_groups[0]["params"]] == [(3, 18), (4, 3)]
+    assert len(adamw.param_groups[0]["params"]) == 4
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(5, 2, 3, 3)).square().sum().backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_a_growing_interval_is_a_tenth_of_the_steps_behind() -> None:
+    interval = growing(2, 20)
+    assert [interval(step) for step in (0, 19, 30, 100, 500)] == [2, 2, 3, 10, 20]
+
+
+# ----------------------------------------------------------------------------------------------------------- the end
+
+
+def test_a_tiny_race_runs_in_parts_from_the_first_rate_to_the_table(
+    race: Race, grounds: Grounds, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+    for stage in STAGES:
+        while run([race], stage, grounds, 4, lambda _, plan, heat: heard.append(f"{heat.stage} {plan.entrant.name}")):
+            grounds = Grounds(grounds.paths, cache=grounds.cache)  # as in a new process
+    files = [*race.ledger.folder.rglob("*.json")]
+    assert len(files) == len(heard)
+    assert heard.count("final eigen on sgd") == 3
+    assert heard.count("final sgd") == 6
+    paths = draw([race], tmp_path / "drawn")
+    assert [path.name for path in paths] == ["table.md", "curves.png", "times.png"]
+    assert "### resnet: accuracy" in paths[0].read_text()
+    assert all(path.stat().st_size for path in paths)
+
+
+def test_the_standings_are_medians_and_a_miss_is_infinitely_long(race: Race) -> None:
+    tune(race, {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE})
+    target = race.target()
+    assert target is not None
+    for plan in list(race.due(FINAL)):
+        if plan.entrant.kfac:
+            keep(race, FINAL, plan, {1 + plan.seed: target, 4: target}, pace=2.0)
+        elif plan.entrant.name == "adamw":
+            keep(race, FINAL, plan, {4: target if plan.seed else 0.0, 8: target if plan.seed == 1 else 0.0})
+        else:
+            keep(race, FINAL, plan, {plan.steps: target - 0.1 if plan.steps == 4 else target})
+    control, *others = stand(race)
+    assert control.is_control
+    assert control.first.cpu_seconds == 8
+    assert [one.name for one in others] == ["eigen on sgd", "adamw", "sgd, K-FAC's schedule"]
+    ours, adamw, twin = others
+    assert (ours.first.step, ours.first.cpu_seconds, ours.first.seconds) == (2, 4, 8)
+    assert saved(ours, control, cpu) == -0.5
+    assert (adamw.reached, adamw.first.step) == (2, 4)
+    assert twin.reached == 0
+    assert math.isinf(saved(twin, control, cpu))
+    table = write_table([race])
+    assert "| eigen on sgd | 0.1 | 4 | 2 | 4.00 | 8.00 | −50.0 % | −50.0 % | 3 of 3 |" in table
+    assert "| sgd, K-FAC's schedule | 0.01 | 4 | – | – | – | missed | missed | 0 of 3 |" in table
+
+
+def test_a_control_that_misses_its_own_target_counts_as_long_as_it_ran(race: Race) -> None:
+    tune(race, {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE})
+    for plan in list(race.due(FINAL)):
+        keep(race, FINAL, plan, {plan.steps: 0.0})
+    assert stand(race)[0].first.cpu_seconds == 8
+    assert stand(race)[0].reached == 0
+
+
+def test_the_file_of_a_heat_has_a_line_for_each_look(race: Race) -> None:
+    plan = next(race.due(TUNE))
+    keep(race, TUNE, plan, {1: 0.5, 8: 0.5})
+    text = race.ledger.path(plan, TUNE).read_text()
+    assert "  [1, 2.0, 1.0, 0.5],\n  [8, 16.0, 8.0, 0.5]\n" in text
+    assert json.loads(text)["kind"] == "kaisa bench race"
