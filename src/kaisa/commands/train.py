@@ -70,8 +70,8 @@ def train(
     data: Annotated[
         str | None,
         option(
-            "Folder or zip file: of images, a subfolder a class; unet: image/NAME, label/NAME; gpt, bert: .txt "
-            "[handwritten digits]",
+            "Folder or zip file: of images, a subfolder a class; unet: image/NAME, label/NAME; gpt, bert: .txt; "
+            "maskrcnn: COCO's annotations.json and images [handwritten digits]",
             panel=DATA,
         ),
     ] = None,
@@ -79,7 +79,12 @@ def train(
         str | None,
         option("Images to test on [NAME-test beside NAME-train, or a fifth]", panel=DATA),
     ] = None,
-    image_size: Annotated[int | None, option("Resize images to this width and height", panel=DATA)] = None,
+    image_size: Annotated[
+        int | None,
+        option(
+            "Resize images to this width and height; maskrcnn: the shorter side to this [maskrcnn: 800]", panel=DATA
+        ),
+    ] = None,
     crop: Annotated[int | None, option("unet: width and height of what is learned from [128]", panel=DATA)] = None,
     positions: Annotated[
         int | None, option(f"gpt, bert: tokens of a sequence {_usual('positions')}", panel=DATA)
@@ -125,14 +130,14 @@ def train(
         float | None, option(f"Highest learning rate, of both unless --kfac-lr [{_rates()}]", panel=MODEL)
     ] = None,
     kfac_lr: Annotated[float | None, option("Highest learning rate behind K-FAC [as --lr]", panel=MODEL)] = None,
-    weight_decay: Annotated[float | None, option("Of both [5e-4]", panel=MODEL)] = None,
+    weight_decay: Annotated[float | None, option("Of both [maskrcnn: 1e-4; 5e-4]", panel=MODEL)] = None,
     epochs: Annotated[int | None, option(f"Of each run {_usual('epochs')}", panel=MODEL)] = None,
     batch_size: Annotated[int | None, option(f"Examples in a batch {_usual('batch_size')}", panel=MODEL)] = None,
     augment: Annotated[
         bool | None,
         typer.Option(
             "--augment/--no-augment",
-            help="Shift, turn and mirror images at random [resnet and unet only]",
+            help="Shift, turn and mirror images at random [resnet, unet and maskrcnn only]",
             rich_help_panel=MODEL,
             show_default=False,
         ),
@@ -148,7 +153,7 @@ def train(
         int | None, option("Steps between two updates of the factors [unet: 5; 10]", panel=KFAC)
     ] = None,
     inv_update_steps: Annotated[
-        int | None, option("Steps between two decompositions [resnet: 100; gpt, bert: 50; 20]", panel=KFAC)
+        int | None, option("Steps between two decompositions [resnet, maskrcnn: 100; gpt, bert: 50; 20]", panel=KFAC)
     ] = None,
     factor_decay: Annotated[float | None, option("Weight of the past in the factors [0.95]", panel=KFAC)] = None,
     kl_clip: Annotated[float | None, option("Size of the trust region; 0 for none [0.001]", panel=KFAC)] = None,
@@ -168,6 +173,10 @@ def train(
     ] = None,
     memory_budget: Annotated[
         str | None, option("Memory of a process that K-FAC may take with auto, such as 2GiB", panel=KFAC)
+    ] = None,
+    parts: Annotated[
+        str | None,
+        option("Modules that K-FAC preconditions, divided by commas [maskrcnn: roi_heads; all]", panel=KFAC),
     ] = None,
 ) -> int:
     """Train with an optimizer and with the same optimizer behind K-FAC.

@@ -8,6 +8,7 @@
     unet       images with masks               U-Net                                Dice
     gpt        text                            GPT-2, small to published            bits per token
     bert       text                            BERT, tiny to large                  MLM loss
+    maskrcnn   images with their objects       Mask R-CNN                           box mAP
 
 Small transformers have heads of 32 features, the published ones of 64.
 """
@@ -24,6 +25,7 @@ from torch import nn
 from kaisa.errors import ConfigurationError
 from kaisa.recipes import language_models as language
 from kaisa.recipes import tasks
+from kaisa.recipes.detectors import MaskRCNN
 from kaisa.recipes.imagenet_resnets import resnet18, resnet50, resnet101, resnet152
 from kaisa.recipes.language_models import Gpt2, Width
 from kaisa.recipes.masked_language import initialize_language_, masked_bert
@@ -32,10 +34,11 @@ from kaisa.recipes.models import Shape
 from kaisa.recipes.tasks import Task
 from kaisa.recipes.unet import UNet
 
-IMAGES, MASKED_IMAGES, TEXT = "images", "masked images", "text"
+IMAGES, MASKED_IMAGES, TEXT, SCENES = "images", "masked images", "text", "scenes"
 
 Builder = Callable[..., nn.Module]
-"""Makes a model: of images by shape and classes, of masked images by shape, of text by tokens and positions."""
+"""Makes a model: of images by shape and classes, of masked images by shape, of text by tokens and positions, of scenes
+by classes and the shorter side of an image."""
 
 
 def _large(build: Callable[[int, int], nn.Module]) -> Builder:
@@ -87,6 +90,10 @@ BERTS: dict[str, Builder] = {
     "bert-mini": _bert(_width(4, 256)),
     "bert-base": _bert(language.BERT_BASE),
     "bert-large": _bert(language.BERT_LARGE),
+}
+DETECTORS: dict[str, Builder] = {
+    "maskrcnn-resnet50": MaskRCNN("resnet50"),
+    "maskrcnn-resnet18": MaskRCNN("resnet18"),
 }
 
 
@@ -183,6 +190,23 @@ RECIPES: dict[str, Recipe] = {
             "inv_update_steps": 50,
         },
         _TEXT_OPTIONS,
+    ),
+    "maskrcnn": Recipe(
+        tasks.DETECTION,
+        SCENES,
+        DETECTORS,
+        {
+            "model": "maskrcnn-resnet50",
+            "epochs": 12,
+            "batch_size": 4,
+            "lr": 0.01,
+            "weight_decay": 1e-4,
+            "augment": True,
+            "image_size": 800,
+            "parts": "roi_heads",
+            "factor_update_steps": 10,
+            "inv_update_steps": 100,
+        },
     ),
 }
 

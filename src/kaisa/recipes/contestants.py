@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import kaisa
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.collectives import Collectives
+from kaisa.kfac.coverage import unwrapped
 from kaisa.kfac.options import for_the_planner
 from kaisa.kfac.placement import COMM_OPT
 from kaisa.kfac.planner import parse_bytes
@@ -34,7 +36,8 @@ WARM_UP = 0.05  # the share of the steps over which the learning rate rises
 class Preconditioning:
     """The options of K-FAC that the recipes offer; see `kaisa.KFACPreconditioner`.
 
-    A `kl_clip` of 0 is none; a `memory_budget` is for a `grad_worker_fraction` of "auto".
+    A `kl_clip` of 0 is none; a `memory_budget` is for a `grad_worker_fraction` of "auto"; `parts` are names of modules,
+    divided by commas, to precondition those alone: roi_heads is also what stands inside any other module.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -48,6 +51,7 @@ class Preconditioning:
     solver: str = "eigen"
     grad_worker_fraction: str | float = COMM_OPT
     memory_budget: str | None = None
+    parts: str | None = None
 
     def __post_init__(self) -> None:
         for_the_planner(self.grad_worker_fraction, memory_budget=self.memory_budget)
@@ -151,7 +155,29 @@ class Contestant:
             memory_budget=options.memory_budget,
             collectives=ranks,
             loss_terms=loss_terms,
+            skip_layers=outside(model, options.parts),
         )
+
+
+def outside(model: nn.Module, parts: str | None) -> list[str]:
+    """Return patterns of the modules that lie in none of some parts of a model; None for all of it.
+
+    Raises:
+        ConfigurationError: the model has no such part.
+    """
+    if parts is None:
+        return []
+    names = [name for name, _ in unwrapped(model).named_modules() if name]
+    wanted = [part.strip() for part in parts.split(",")]
+    for part in wanted:
+        if not any(_is_inside(name, part) for name in names):
+            known = sorted({name.split(".")[-1] for name in names if name.count(".") <= 1})
+            raise ConfigurationError(f"the model has no part {part!r}; choose from {', '.join(known)}")
+    return [f"^{re.escape(name)}$" for name in names if not any(_is_inside(name, part) for part in wanted)]
+
+
+def _is_inside(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}."
 
 
 def learning_rate_share(step: int, steps: int) -> float:

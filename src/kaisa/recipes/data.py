@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError, DataError
 from kaisa.recipes.batches import ImageBatches, ImageTests, Normalizer
-from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, find_model
+from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, SCENES, find_model
+from kaisa.recipes.contestants import outside
 from kaisa.recipes.crops import Crops, WholeImages
+from kaisa.recipes.detection import SceneBatches, SceneTests
+from kaisa.recipes.detectors import MaskRCNN
 from kaisa.recipes.digits import read_digits
 from kaisa.recipes.images import (
     Images,
@@ -27,6 +31,7 @@ from kaisa.recipes.images import (
 )
 from kaisa.recipes.masks import MaskedImages, read_masked_images, split_masked_images
 from kaisa.recipes.options import Options
+from kaisa.recipes.scenes import Scenes, read_scenes
 from kaisa.recipes.sequences import Sequences, TestSequences
 from kaisa.recipes.tasks import MASKED_TOKEN, Lesson
 from kaisa.recipes.text import Text, read_text
@@ -168,6 +173,43 @@ class TextData:
         return Lesson(options.task, batches, tests, _builder(options, len(words), length), options.dtype)
 
 
+@dataclass(frozen=True)
+class SceneData:
+    """Images with objects to learn from and to test on.
+
+    Attributes:
+        train: for learning; there is something to be found in each.
+        test: for testing, with the same classes.
+        source: where they come from, in words.
+    """
+
+    train: Scenes
+    test: Scenes
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "classes": list(self.train.classes),
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "train_objects": sum(len(entry["annotations"]) for entry in self.train.entries),
+            "test_objects": sum(len(entry["annotations"]) for entry in self.test.entries),
+            "digest": hashlib.sha256(
+                json.dumps([[*part.entries] for part in (self.train, self.test)], sort_keys=True).encode()
+            ).hexdigest(),
+        }
+
+    def lesson(self, options: Options, seed: int, rank: int = 0, ranks: int = 1) -> Lesson:
+        device = torch.device(options.device)
+        batches = SceneBatches(self.train, options.batch_size, options.augment, seed, device, rank, ranks)
+        build = _builder(options, len(self.train.classes), _given(options.image_size))
+        return Lesson(options.task, batches, SceneTests(self.test, device), build, options.dtype)
+
+
 def read_data(options: Options, progress: Progress | None = None) -> Data:
     """Read the data that the options name.
 
@@ -180,6 +222,9 @@ def read_data(options: Options, progress: Progress | None = None) -> Data:
             f"batch-size is {options.batch_size}, but there are {len(data)} {_examples(data)} to learn "
             "from; give a smaller one"
         )
+    if options.preconditioning.parts is not None:
+        with torch.device("meta"):
+            outside(data.lesson(options, options.seed).build(), options.preconditioning.parts)
     return data
 
 
@@ -187,11 +232,13 @@ def _readers(options: Options) -> Callable[[Options, Progress | None], Data]:
     kind = options.known_recipe.kind
     if kind == IMAGES:
         return _read_digits if options.data is None else _read_images
-    return _read_masked_images if kind == MASKED_IMAGES else _read_text
+    return {MASKED_IMAGES: _read_masked_images, SCENES: _read_scenes}.get(kind, _read_text)
 
 
 def _examples(data: Data) -> str:
-    return {ImageData: "images", MaskedImageData: "crops"}.get(type(data), "sequences")
+    return {ImageData: "images", MaskedImageData: "crops", SceneData: "images with objects"}.get(
+        type(data), "sequences"
+    )
 
 
 def _read_digits(options: Options, progress: Progress | None) -> Data:
@@ -231,6 +278,25 @@ def _check_crop(side: int, shape: tuple[int, int, int]) -> None:
         raise ConfigurationError(f"crop is {side}; give a multiple of {GRAIN}, which the network halves four times")
     if side > min(shape[1:]):
         raise DataError(f"crop is {side}, but the images have {shape[2]}x{shape[1]} pixels; give --crop")
+
+
+def _read_scenes(options: Options, progress: Progress | None) -> Data:
+    model = find_model(options.recipe, options.model)
+    if isinstance(model, MaskRCNN):
+        model.check()
+    path = Path(str(options.data))
+    beside = find_test_data(path)
+    test_path = Path(options.test_data) if options.test_data is not None else beside
+    scenes = read_scenes(path)
+    if test_path is None:
+        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(options.seed)).tolist()
+        held = max(1, round(HELD_OUT * len(scenes)))
+        train, test = (scenes.select(sorted(part)) for part in (order[held:], order[:held]))
+        return SceneData(train.with_objects(), test, f"{path.name}, a fifth held out for testing")
+    test = read_scenes(test_path)
+    if test.classes != scenes.classes:
+        raise DataError(f"{test_path} has other categories than {path}; make them equal")
+    return SceneData(scenes.with_objects(), test, f"{path.name}, tested on {test_path.name}")
 
 
 def _read_text(options: Options, progress: Progress | None) -> Data:

@@ -81,7 +81,7 @@ class Figures:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return cls(zero, zero, torch.zeros(len(task.scores), 2, dtype=torch.float64, device=device))
 
-    def plus(self, task: Task, loss: Tensor, outputs: Tensor, targets: Tensor) -> Figures:
+    def plus(self, task: Task, loss: Tensor, outputs: Any, targets: Tensor) -> Figures:
         """Return the sums with one more batch."""
         terms = task.terms(targets)
         sums = [score.sums(loss.double(), terms, outputs, targets) for score in task.scores]
@@ -196,7 +196,7 @@ class Training:
                 watch(loss_so_far, score)
         return figures
 
-    def step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Any]:
         """Take one step; return the loss and the outputs before it."""
         self.optimizer.zero_grad()
         with mixed_precision(self.lesson):

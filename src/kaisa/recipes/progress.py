@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +79,9 @@ class TerminalProgress:
     def step(self, loss: float, score: float) -> None:
         """Advance by a step."""
         if self._running is not None and self._score is not None:
-            figures = f"loss {loss:.3f}  {self._score.name} {self._score.write(score)}"
+            figures = f"loss {loss:.3f}"
+            if not math.isnan(score):  # detectors look for nothing while they learn
+                figures += f"  {self._score.name} {self._score.write(score)}"
             self._bars.update(self._running, advance=1, figures=figures)
 
     def epoch(self, training: Training) -> None:

@@ -9,6 +9,7 @@
     SEGMENTATION       cross-entropy of two classes  pixels     Dice, Dice of the background, pixel error
     NEXT_TOKEN         cross-entropy of tokens       tokens     bits per token
     MASKED_TOKEN       cross-entropy of tokens       hidden     loss in nats (MLM loss), accuracy
+    DETECTION          the detector's own, summed    images     box mAP, mask mAP, after training steps only
 
 Terms that are not to be predicted have the target `IGNORED`.
 """
@@ -18,17 +19,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from kaisa.recipes.average_precision import mean_average_precision
 
 IGNORED = -100
 """The target of what is not to be predicted: the usual value of `torch.nn.functional.cross_entropy`."""
 
 Example = tuple[Tensor, Tensor]
 """Inputs and targets of a batch."""
+
+Batch = tuple[Any, Tensor]
+"""The same, where inputs may be what a detector takes."""
 
 
 class Batches(Protocol):
@@ -49,7 +55,7 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Return how many batches an epoch has."""
 
-    def epoch(self, number: int) -> Iterator[Example]:
+    def epoch(self, number: int) -> Iterator[Batch]:
         """Yield inputs and targets of one epoch, counted from 0."""
 
 
@@ -66,12 +72,12 @@ class Score:
     """
 
     name: str
-    count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    count: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None
     form: str = "{:.1%}"
     is_cost: bool = False
     per_loss: float = 1.0
 
-    def sums(self, loss: Tensor, terms: Tensor, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, loss: Tensor, terms: Tensor, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two sums over a batch whose mean loss over its terms is known."""
         return (self.per_loss * loss * terms, terms) if self.count is None else self.count(outputs, targets)
 
@@ -107,7 +113,7 @@ class Task:
         scores: what it is judged by; the first is raced for.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Any, Tensor], Tensor]
     terms: Callable[[Tensor], Tensor]
     scores: tuple[Score, ...]
 
@@ -136,7 +142,7 @@ class Lesson:
 
     task: Task
     batches: Batches
-    tests: Iterable[Example]
+    tests: Iterable[Batch]
     build: Callable[[], nn.Module]
     dtype: torch.dtype | None = None
 
@@ -178,6 +184,27 @@ def _correct_tokens(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return (scores.argmax(-1) == tokens).sum(), _predicted(tokens)
 
 
+def _detection_loss(outputs: Any, _: Tensor) -> Tensor:
+    loss: Tensor = outputs.loss
+    return loss
+
+
+def _box_precision(outputs: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    return _precision(outputs.boxes, images)
+
+
+def _mask_precision(outputs: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    return _precision(outputs.masks, images)
+
+
+def _precision(judged: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the average precision and 1; of a training step, in which nothing is looked for, nothing."""
+    if not judged:
+        return torch.zeros(2, device=images.device).unbind()  # type: ignore[return-value]
+    mean = torch.tensor(mean_average_precision(judged), dtype=torch.float64, device=images.device)
+    return mean, torch.ones_like(mean)
+
+
 ACCURACY = Score("accuracy", _correct)
 LOSS = Score("loss", None, "{:.4f}", is_cost=True)
 DICE = Score("Dice", _dice)
@@ -186,9 +213,12 @@ PIXEL_ERROR = Score("pixel error", _wrong_pixels, "{:.2%}", is_cost=True)
 BITS = Score("bits per token", None, "{:.3f}", is_cost=True, per_loss=1 / math.log(2))
 MASKED_LOSS = Score("MLM loss", None, "{:.3f}", is_cost=True)
 MASKED_ACCURACY = Score("accuracy of hidden tokens", _correct_tokens)
+BOX_PRECISION = Score("box mAP", _box_precision)
+MASK_PRECISION = Score("mask mAP", _mask_precision)
 
 CLASSIFICATION = Task(functional.cross_entropy, _every, (ACCURACY,))
 REGRESSION = Task(functional.cross_entropy, _every, (LOSS, ACCURACY))
 SEGMENTATION = Task(_binary_loss, _every, (DICE, BACKGROUND_DICE, PIXEL_ERROR))
 NEXT_TOKEN = Task(_token_loss, _predicted, (BITS,))
 MASKED_TOKEN = Task(_token_loss, _predicted, (MASKED_LOSS, MASKED_ACCURACY))
+DETECTION = Task(_detection_loss, _every, (BOX_PRECISION, MASK_PRECISION))

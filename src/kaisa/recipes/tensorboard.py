@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class TensorBoard:
         """Write the figures of an epoch."""
         last = training.history[-1]
         for name, value in _figures(last, training.score.name).items():
-            self._writer.add_scalar(name, value, last.number)
+            if not math.isnan(value):
+                self._writer.add_scalar(name, value, last.number)
         self._writer.flush()
         if training.is_finished:
             self._writer.close()
