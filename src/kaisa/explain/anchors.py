@@ -86,7 +86,8 @@ def anchors(
         first: take the first rule that is good enough, instead of the most general one; by default so for images and
             texts, as published.
         segments: superpixels of images (`slic`, `quickshift`, `grid` or numbers); numbers of groups for other tensors.
-        hide: what absent entries become: `mean` of their group, a number, a tensor; in texts what stands for a word,
+        hide: what absent entries become: the input's `mean`, their group's `own mean` (as in `lime`, which
+            hides nothing where a group has one colour), a number, a tensor; in texts what stands for a word,
             by default UNK.
         training: for tables, training rows: rules are then of quartiles and categories.
         categorical: which features of a table are categories.

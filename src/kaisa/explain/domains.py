@@ -211,8 +211,9 @@ def groups_of(subject: Subject, segments: Any = "slic", hide: Any = None) -> Gro
     Args:
         subject: with one input.
         segments: for images as `superpixels`; for other tensors a number for each entry (or what expands to them).
-        hide: what absent entries become: `mean` of their group (the default), a number, or a tensor like the input;
-            for tokens an id, by default 0.
+        hide: what absent entries become: the `mean` of the input (the default), their group's `own mean` (which
+            hides nothing where a group has one colour), a number, or a tensor like the input; for tokens an id, by
+            default 0.
 
     Raises:
         ConfigurationError: one of them does not fit.
@@ -253,11 +254,11 @@ def _hidden(data: Tensor, groups: Tensor, hide: Any) -> Tensor:
     if hide is None:
         hide = "mean" if is_floating and data.dim() > 2 else 0
     if isinstance(hide, str):
-        if hide != "mean" or not is_floating:
+        if hide not in ("mean", "own mean") or not is_floating:
             raise ConfigurationError(
-                f"hide is {hide!r}; expected mean (of numbers), a number, or a tensor like the input"
+                f"hide is {hide!r}; expected mean or own mean (of numbers), a number, or a tensor like the input"
             )
-        return _group_means(data, groups)
+        return _group_means(data, groups if hide == "own mean" else torch.zeros_like(groups))
     try:
         return torch.as_tensor(hide, dtype=data.dtype, device=data.device).expand_as(data)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -43,7 +43,8 @@ def kernelshap(
         subject: what is explained.
         samples: sets of features that the model is asked about; by default 2 D + 2048, as in the package `shap`.
         segments: superpixels of images (`slic`, `quickshift`, `grid` or numbers); numbers of groups for other tensors.
-        hide: what absent entries become: `mean` of their group, a number, a tensor; in texts what stands for a word.
+        hide: what absent entries become: the input's `mean`, their group's `own mean` (as in `lime`, which
+            hides nothing where a group has one colour), a number, a tensor; in texts what stands for a word.
         background: for tables, rows that absent features come from; the score is the mean over them.
     """
     if samples is not None and (not isinstance(samples, int) or samples < 2):

@@ -63,7 +63,8 @@ def lime(
         subject: what is explained.
         samples: inputs that the model is asked about, for each explained one.
         segments: superpixels of images (`slic`, `quickshift`, `grid` or numbers); numbers of groups for other tensors.
-        hide: what absent entries become: `mean` of their group, a number, a tensor; in texts what stands for a word.
+        hide: what absent entries become: the input's `mean`, their group's `own mean` (as in `lime`, which
+            hides nothing where a group has one colour), a number, a tensor; in texts what stands for a word.
         training: training rows, for tables: features are then quartiles.
         categorical: which features of a table are categories.
         width: of the kernel; by default 0.25 for cosine distances, 25 for texts (distances are 100 times as large),
