@@ -9,6 +9,7 @@ messages both stand on this file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 _SHARE = 4
 _ODD = 0x0001_0001_0001_0001
 _UNIT = 2.0**-16
+_CACHED = 2**17  # numbers
 
 
 def noise_like(y: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return odd 16-bit integers in the shape of a tensor; times 2⁻¹⁶ they are spread evenly between −½ and ½."""
-    words = torch.empty(-(-y.numel() // _SHARE), dtype=torch.int64, device=y.device)
-    words.random_(-(2**63), None, generator=generator).bitwise_or_(_ODD)
-    return words.view(torch.int16)[: y.numel()].view(y.shape)
+    count = -(-y.numel() // _SHARE)
+    words = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, dtype=torch.int64, device=y.device)
+    return words.bitwise_or_(_ODD).view(torch.int16)[: y.numel()].view(y.shape)
 
 
 def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -35,7 +37,17 @@ def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Ten
         y: numbers of at most 2⁸; of larger ones the resolution of their type is what noise loses.
         generator: on their device; None for that of torch.
     """
-    return y.add_(noise_like(y, generator), alpha=_UNIT).round_()
+    for part in _parts(y):
+        part.add_(noise_like(part, generator), alpha=_UNIT).round_()
+    return y
+
+
+def _parts(y: Tensor) -> Sequence[Tensor]:
+    """Return views of a tensor whose noise fits into the cache of a processor; the whole elsewhere."""
+    if y.device.type != "cpu" or torch.compiler.is_compiling() or not y.is_contiguous():
+        return (y,)
+    parts: Sequence[Tensor] = y.view(-1).split(_CACHED)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -60,16 +72,28 @@ class Grid:
 
     def encode(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Return the codes of numbers, integers in their floating-point type; those beyond the grid get its ends."""
-        y = self.coordinates(x)
-        codes = round_at_random_(y, generator) if stochastic else y.round_()
-        if isinstance(self.low, int):
-            return codes.clamp_(self.low, self.low + self.bins)
-        return codes.clamp_min_(self.low).clamp_max_(self.low + self.bins)
+        return self._round_(self.coordinates(x), stochastic, generator)
+
+    def encode_(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Make codes of numbers in their place; see `encode`."""
+        y = x if self.zero is None else x.sub_(self.zero)
+        return self._round_(y.div_(self.step), stochastic, generator)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the numbers of codes."""
         x = codes * self.step
         return x if self.zero is None else x.add_(self.zero)
+
+    def decode_(self, codes: Tensor) -> Tensor:
+        """Make numbers of codes in their place."""
+        x = codes.mul_(self.step)
+        return x if self.zero is None else x.add_(self.zero)
+
+    def _round_(self, y: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
+        codes = round_at_random_(y, generator) if stochastic else y.round_()
+        if isinstance(self.low, int):
+            return codes.clamp_(self.low, self.low + self.bins)
+        return codes.clamp_min_(self.low).clamp_max_(self.low + self.bins)
 
 
 def spanning(low: Tensor, high: Tensor, bins: int) -> Grid:

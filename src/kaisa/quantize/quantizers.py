@@ -53,7 +53,7 @@ def quantize(
         check(x, kind, bits)
         result: Tensor = _StraightThrough.apply(x, kind, bits, stochastic, generator)  # type: ignore[no-untyped-call]
         return result
-    return encode(x, kind, bits, stochastic=stochastic, generator=generator).restored()
+    return encode(x, kind, bits, stochastic=stochastic, generator=generator).restored_()
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,23 @@ class Encoded:
     def values(self) -> Tensor:
         """Return the numbers as an N × D matrix of the type that they are computed in."""
         values = self.grid.decode(self.codes)
-        return values if self.reflections is None else self.reflections.inverse(values)
+        return values if self.reflections is None else self.reflections.inverse_(values)
 
     def restored(self) -> Tensor:
         """Return the numbers in the shape, type and strides of the tensor that was encoded."""
+        return self._shaped(self.values())
+
+    def restored_(self) -> Tensor:
+        """Return the same, made in the place of the codes, which are then used up."""
+        values = self.grid.decode_(self.codes)
+        return self._shaped(values if self.reflections is None else self.reflections.inverse_(values))
+
+    def _shaped(self, values: Tensor) -> Tensor:
         shape, order, dtype = self.source
         if not shape:
-            return self.values().to(dtype).reshape(shape)
+            return values.to(dtype).reshape(shape)
         back = sorted(range(len(order)), key=order.__getitem__)
-        return self.values().to(dtype).reshape([shape[place] for place in order]).permute(back)
+        return values.to(dtype).reshape([shape[place] for place in order]).permute(back)
 
 
 @torch.no_grad()
@@ -119,7 +127,8 @@ def encode(
     reflections = reflections_of(matrix) if kind == "bhq" and matrix.numel() else None
     rows = matrix if reflections is None else reflections.apply(matrix)
     grid = grid_of(rows, kind, bits, ranges, aligned)
-    codes = grid.encode(rows, stochastic=stochastic, generator=generator)
+    make = grid.encode if reflections is None else grid.encode_
+    codes = make(rows, stochastic=stochastic, generator=generator)
     return Encoded(codes, grid, reflections, (x.shape, order, x.dtype))
 
 
@@ -175,7 +184,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kind: str, bits: int, stochastic: bool, generator: torch.Generator | None
     ) -> Tensor:
-        return encode(x, kind, bits, stochastic=stochastic, generator=generator).restored()
+        return encode(x, kind, bits, stochastic=stochastic, generator=generator).restored_()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

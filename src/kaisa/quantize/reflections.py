@@ -15,6 +15,7 @@ nothing here waits for the device. Source: arXiv 2010.14298; the rules for group
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 # What the smallest range is raised to, of the largest: a row of equal numbers has no range, and any scale does for it.
 _SMALLEST = 1e-8
+_CACHED = 2**18  # numbers
 
 
 @dataclass(frozen=True)
@@ -30,58 +32,55 @@ class Reflections:
 
     Attributes:
         group: of each row (N).
-        is_large: whether a row is the large one of its group (N).
+        scales: the diagonal of s (N × 1).
+        shares: how much of its group's w is added to each row (N × 1).
+        weights: the squared norms of T⁻¹'s columns (N × 1): what an error of a row of T X becomes in all of X.
         large: the large row of each group; more places than groups, because their number is not known to the host.
-        sizes: rows of each group.
-        large_scales: s₁ of each group.
-        small_scales: s₂ of each group.
+        roots: √n of each group, as a column.
     """
 
     group: Tensor
-    is_large: Tensor
+    scales: Tensor
+    shares: Tensor
+    weights: Tensor
     large: Tensor
-    sizes: Tensor
-    large_scales: Tensor
-    small_scales: Tensor
-
-    @property
-    def scales(self) -> Tensor:
-        """The diagonal of s as a column, N × 1."""
-        scales = torch.where(self.is_large, self.large_scales[self.group], self.small_scales[self.group])
-        return scales.unsqueeze(1)
-
-    @property
-    def weights(self) -> Tensor:
-        """The squared norms of T⁻¹'s columns, N × 1: what an error of a row of T X becomes in all of X."""
-        n = self.sizes[self.group]
-        of_large, of_small = (scales[self.group].square().reciprocal() for scales in self._both_scales())
-        in_large = (of_large + (n - 1) * of_small) / n
-        in_small = of_large / n + (1 - 1 / n) * of_small
-        return torch.where(self.is_large, in_large, in_small).unsqueeze(1)
+    roots: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
         """Return T X of a matrix with a row a sample."""
-        return self._reflect(x * self.scales)
+        return self._by_parts(torch.empty_like(x), x, lambda part: self._reflect_(part * self.scales))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return T⁻¹ Y."""
-        return self._reflect(y).div_(self.scales)
+        return self._by_parts(torch.empty_like(y), y, lambda part: self._reflect_(part.clone()).div_(self.scales))
+
+    def inverse_(self, y: Tensor) -> Tensor:
+        """Make T⁻¹ Y of a matrix in its place."""
+        return self._by_parts(y, y, lambda part: self._reflect_(part.clone()).div_(self.scales))
 
     def inverse_transposed(self, x: Tensor) -> Tensor:
         """Return T⁻ᵀ X."""
-        return self._reflect(x / self.scales)
+        return self._by_parts(torch.empty_like(x), x, lambda part: self._reflect_(part / self.scales))
 
-    def _both_scales(self) -> tuple[Tensor, Tensor]:
-        return self.large_scales, self.small_scales
+    def _by_parts(self, result: Tensor, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        width = _width(x)
+        for target, part in zip(result.split(width, 1), x.split(width, 1), strict=True):
+            target.copy_(change(part))
+        return result
 
-    def _reflect(self, z: Tensor) -> Tensor:
-        roots = self.sizes.sqrt()
+    def _reflect_(self, z: Tensor) -> Tensor:
+        z = z.contiguous()  # sums over rows are fast only there
         w = z.new_zeros(len(self.large), z.shape[1]).index_add_(0, self.group, z)
-        w.div_(roots.unsqueeze(1)).sub_(z.index_select(0, self.large))
-        ones = torch.ones_like(roots)
-        of_small = -1 / torch.where(self.sizes > 1, roots - 1, ones)
-        shares = torch.where(self.is_large, ones[self.group], of_small[self.group])
-        return torch.addcmul(z, shares.unsqueeze(1), w.index_select(0, self.group))
+        w.div_(self.roots).sub_(z.index_select(0, self.large))
+        return z.addcmul_(self.shares, w.index_select(0, self.group))
+
+
+def _width(x: Tensor) -> int:
+    """Return how many columns to reflect at once: on a processor those whose temporaries stay in its cache."""
+    count, columns = x.shape
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, columns)
+    return max(64, _CACHED // max(1, count))
 
 
 def reflections_of(x: Tensor) -> Reflections:
@@ -105,15 +104,27 @@ def reflections_for(ranges: Tensor) -> Reflections:
     starts = torch.cat((ends.new_zeros(1), ends[: places - 1]))
     sizes = (1 + ends[:places] - starts).clamp(1, count)
     first_small = sorted_ranges[(large_count + starts).clamp_max(count - 1)]
-    large_scales, small_scales = _scales(sorted_ranges[:places], first_small, sizes.to(ranges.dtype))
+    scales = _scales(sorted_ranges[:places], first_small, sizes.to(ranges.dtype))
     back = torch.empty_like(order).scatter_(0, order, positions)
+    return _in_rows(group[back], is_large[back], order[:places], sizes.to(ranges.dtype), scales)
+
+
+def _in_rows(
+    group: Tensor, is_large: Tensor, large: Tensor, sizes: Tensor, scales: tuple[Tensor, Tensor]
+) -> Reflections:
+    """Return what is known of groups as what each row needs."""
+    n, s1, s2 = (values[group] for values in (sizes, *scales))
+    errors1, errors2 = s1.square().reciprocal(), s2.square().reciprocal()
+    small_share = -1 / torch.where(n > 1, n.sqrt() - 1, 1)
+    in_large = (errors1 + (n - 1) * errors2) / n
+    in_small = errors1 / n + (1 - 1 / n) * errors2
     return Reflections(
-        group=group[back],
-        is_large=is_large[back],
-        large=order[:places],
-        sizes=sizes.to(ranges.dtype),
-        large_scales=large_scales,
-        small_scales=small_scales,
+        group=group,
+        scales=torch.where(is_large, s1, s2).unsqueeze(1),
+        shares=torch.where(is_large, 1, small_share).unsqueeze(1),
+        weights=torch.where(is_large, in_large, in_small).unsqueeze(1),
+        large=large,
+        roots=sizes.sqrt().unsqueeze(1),
     )
 
 
@@ -126,9 +137,9 @@ def _share_out(sorted_ranges: Tensor, positions: Tensor) -> tuple[Tensor, Tensor
     sums = sorted_ranges.cumsum(0)
     small_counts = count - 1 - positions
     deserves = (small_counts * sorted_ranges > sums) & (small_counts > 0)
-    last = torch.where(deserves, positions, 0).amax()
+    last = torch.where(deserves, positions, 0).amax(0, keepdim=True)  # an index of one element, which no host reads
     small_count = count - 1 - last
-    ends = (small_count * sums / sums[last] + 0.5).floor().long()
+    ends = (small_count * sums / sums.gather(0, last) + 0.5).floor().long()
     return last + 1, torch.where(positions < last, ends, small_count)
 
 
