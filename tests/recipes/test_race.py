@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.recipes.race.courses import FACTOR, Course, find_course
 from kaisa.recipes.race.entrants import ENTRANTS, Driver, Entrant, Muon, find_entrant, growing
-from kaisa.recipes.race.heat import Look, Plan, run_heat, thin_tests
+from kaisa.recipes.race.heat import Heat, Look, Plan, run_interleaved, thin_tests
 from kaisa.recipes.race.ledger import FINAL, STAGES, TUNE, Ledger
 from kaisa.recipes.race.runner import Grounds, run
 from kaisa.recipes.race.stages import FINAL_SEEDS, TARGET_SEEDS, TUNING_SEED, Race
@@ -49,7 +50,7 @@ def curve(steps: int, values: dict[int, float], pace: float = 1.0) -> list[Look]
 
 
 def keep(race: Race, stage: str, plan: Plan, values: dict[int, float], pace: float = 1.0) -> None:
-    race.ledger.write(plan, stage, curve(plan.steps, values, pace), {"end": "finished"})
+    race.ledger.put(plan, stage, "finished", curve(plan.steps, values, pace), {})
 
 
 def tune(race: Race, made_of: dict[str, float]) -> list[tuple[str, float, int, int]]:
@@ -143,7 +144,7 @@ def test_unknown_names_are_refused_with_those_that_are_known() -> None:
 
 def test_a_heat_read_is_the_heat_written(race: Race) -> None:
     plan = Plan(race.control, 0.01, 8, 0)
-    written = race.ledger.write(plan, FINAL, curve(8, {2: 0.25, 8: math.nan}), {"end": "diverged"})
+    written = race.ledger.put(plan, FINAL, "diverged", curve(8, {2: 0.25, 8: math.nan}), {})
     read = race.ledger.read(plan, FINAL)
     assert read is not None
     assert read.looks[0] == written.looks[0]
@@ -171,29 +172,43 @@ def test_a_heat_of_other_conditions_is_a_heat_to_run_again(race: Race) -> None:
 # --------------------------------------------------------------------------------------------------------- the heats
 
 
-def test_two_heats_of_one_plan_have_the_same_values_and_other_contestants_the_same_start(lesson: Lesson) -> None:
-    lesson = thin_tests(lesson, 10)
-    plan = Plan(find_entrant("eigen on sgd"), 0.01, 5, 0)
-    first, about = run_heat(plan, COURSE, lesson)
-    second, _ = run_heat(plan, COURSE, lesson)
-    assert [(look.step, look.value) for look in first] == [(look.step, look.value) for look in second]
-    assert [look.step for look in first] == [3, 5]
-    assert about["end"] == "finished"
-    assert about["phases"]["factors"] > 0
-    assert 0 < first[0].seconds < first[1].seconds
+def values(heat: Heat) -> list[tuple[int, float]]:
+    return [(look.step, look.value) for look in heat.looks]
+
+
+@pytest.mark.parametrize("name", ["eigen on sgd", "adahessian"])
+def test_a_heat_that_is_interleaved_with_others_is_the_heat_alone(name: str, lesson: Lesson) -> None:
+    plans = [Plan(find_entrant(who), 0.01, 7, 0) for who in (name, "adamw", name)]
+    alone, *together = [Heat.start(plan, COURSE, thin_tests(lesson, 10)) for plan in [plans[0], *plans]]
+    run_interleaved([alone])
+    run_interleaved(together)
+    assert values(together[0]) == values(alone) == values(together[2])
+    assert [look.step for look in alone.looks] == [3, 6, 7]
+    assert {heat.end for heat in together} == {"finished"}
+    assert 0 < alone.looks[0].seconds < alone.looks[1].seconds
+
+
+def test_each_round_of_interleaved_heats_begins_with_another_one(lesson: Lesson, monkeypatch: Any) -> None:
+    heats = [Heat.start(Plan(find_entrant("sgd"), 0.01, steps, 0), COURSE, lesson) for steps in (3, 6, 6)]
+    order = []
+    advance = Heat.advance
+    monkeypatch.setattr(Heat, "advance", lambda self: (order.append(heats.index(self)), advance(self)))
+    run_interleaved(heats)
+    assert order == [0, 1, 2, 2, 1]
 
 
 def test_a_value_that_is_no_number_ends_a_heat(lesson: Lesson) -> None:
-    lesson = replace(lesson, task=REGRESSION)
-    looks, about = run_heat(Plan(find_entrant("sgd"), 1e30, 8, 0), COURSE, lesson)
-    assert about["end"] == "diverged"
-    assert looks[-1].step < 8
+    heat = Heat.start(Plan(find_entrant("sgd"), 1e30, 8, 0), COURSE, replace(lesson, task=REGRESSION))
+    run_interleaved([heat])
+    assert heat.end == "diverged"
+    assert heat.looks[-1].step < 8
 
 
 def test_a_contestant_that_gives_up_ends_its_heat_and_not_the_race(lesson: Lesson) -> None:
-    looks, about = run_heat(Plan(find_entrant("sgd"), 0.1, 8, 0), COURSE, replace(lesson, build=_Broken))
-    assert about["end"] == "failed: the matrix is singular"
-    assert not looks
+    heat = Heat.start(Plan(find_entrant("sgd"), 0.1, 8, 0), COURSE, replace(lesson, build=_Broken))
+    run_interleaved([heat])
+    assert heat.end == "failed: the matrix is singular"
+    assert not heat.looks
 
 
 class _Broken(nn.Module):
@@ -256,7 +271,7 @@ def test_a_tiny_race_runs_in_parts_from_the_first_rate_to_the_table(
 ) -> None:
     heard: list[str] = []
     for stage in STAGES:
-        while run([race], stage, grounds, 4, lambda _, plan, heat: heard.append(f"{heat.stage} {plan.entrant.name}")):
+        while run([race], stage, grounds, 4, lambda _, heat: heard.append(f"{heat.stage} {heat.contestant}")):
             grounds = Grounds(grounds.paths, cache=grounds.cache)  # as in a new process
     files = [*race.ledger.folder.rglob("*.json")]
     assert len(files) == len(heard)

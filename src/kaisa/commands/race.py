@@ -14,8 +14,7 @@ from kaisa.errors import ConfigurationError
 from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, TEXT
 from kaisa.recipes.race.courses import COURSES, SIZES, find_course
 from kaisa.recipes.race.entrants import ENTRANTS, Entrant, find_entrant
-from kaisa.recipes.race.heat import Plan
-from kaisa.recipes.race.ledger import STAGES, Heat, Ledger
+from kaisa.recipes.race.ledger import STAGES, Ledger, Result
 from kaisa.recipes.race.runner import Grounds, run, use_threads
 from kaisa.recipes.race.stages import Race
 from kaisa.recipes.race.standings import draw as draw_standings
@@ -58,7 +57,7 @@ def race(
         grounds = Grounds({IMAGES: images, MASKED_IMAGES: masks, TEXT: text}, device, cache)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"kfac\b|pytorch_optimizer|torch\.optim")  # others' own affairs
-            count = run(races, stage, grounds, limit, lambda one, plan, heat: _tell(one, plan, heat, console))
+            count = run(races, stage, grounds, limit, lambda one, heat: _tell(one, heat, console))
         console.print(f"{count} heats")
     if draw:
         for path in draw_standings(races, output / size):
@@ -79,13 +78,13 @@ def _entrants(names: list[str] | None, console: Console) -> list[Entrant]:
     return [entrant for entrant in entrants if entrant.is_present]
 
 
-def _tell(one: Race, plan: Plan, heat: Heat, console: Console) -> None:
+def _tell(one: Race, heat: Result, console: Console) -> None:
     last = heat.looks[-1] if heat.looks else None
     end = one.score.write(last.value) if last is not None else "–"
     took = "" if last is None else f"{last.cpu_seconds:.2f} s of processor, {last.seconds:.2f} s"
     console.print(
-        f"{one.course.recipe:8}{plan.entrant.name:22}rate {plan.rate:<9.3g}seed {plan.seed:<5}"
-        f"steps {plan.steps:<5}{end:10}{took}  {'' if heat.end == 'finished' else heat.end}",
+        f"{one.course.recipe:8}{heat.contestant:22}rate {heat.rate:<9.3g}seed {heat.seed:<5}"
+        f"steps {heat.steps:<5}{end:10}{took}  {'' if heat.end == 'finished' else heat.end}",
         markup=False,
         soft_wrap=True,
     )

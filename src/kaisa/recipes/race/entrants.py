@@ -103,13 +103,18 @@ def _shampoo(model: nn.Module) -> Any:
     )
 
 
+def _adahessian(model: nn.Module) -> Optimizer:
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)  # its own: heats run in turns
+    return AdaHessian(model.parameters(), update_period=2, generator=generator)
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "sgd": _sgd,
     "adamw": _adamw,
     "muon": Muon,
     "soap": _soap,
     "shampoo": _shampoo,
-    "adahessian": lambda model: AdaHessian(model.parameters(), update_period=2),
+    "adahessian": _adahessian,
     "arsg": lambda model: ARSG(model.parameters()),
 }
 NEEDS = {"soap": "pytorch_optimizer", "shampoo": "pytorch_optimizer"}

@@ -1,6 +1,6 @@
 """One heat: a contestant from the first step to the last, with looks at what is tested on in between.
 
-    start ─► steps ─► look ─► steps ─► look ─► …      seconds are those of the steps alone
+    start ─► advance (steps, look) ─► advance ─► …      seconds are those of the steps alone
 
 The clock counts batches, forward and backward passes, preconditioning and updates; it stands while is looked.
 """
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from kaisa.errors import KaisaError
 from kaisa.recipes.contestants import learning_rate_share
@@ -89,50 +87,97 @@ def thin_tests(lesson: Lesson, most: int) -> Lesson:
     return replace(lesson, tests=kept)
 
 
-def run_heat(plan: Plan, course: Course, lesson: Lesson) -> tuple[list[Look], dict[str, Any]]:
-    """Run a heat; return its looks, and what else is known of it.
+@dataclass
+class Heat:
+    """A heat under way.
 
-    A heat ends early when the loss is no number, or K-FAC gives up.
+    Attributes:
+        plan: who runs how.
+        end: "finished", or why it ended before; None before that.
+        looks: so far.
     """
-    driver = _start(plan, course, lesson)
-    watch = Stopwatch(lesson.batches.device)
-    batches = _endless(lesson)
-    looks: list[Look] = []
-    end = "finished"
-    try:
-        while not looks or looks[-1].step < plan.steps:
-            done = looks[-1].step if looks else 0
-            count = min(course.look_every, plan.steps - done)
-            with watch:
+
+    plan: Plan
+    course: Course
+    lesson: Lesson
+    driver: Driver
+    watch: Stopwatch
+    batches: Iterator[Example]
+    end: str | None = None
+    looks: list[Look] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, plan: Plan, course: Course, lesson: Lesson) -> Heat:
+        """Build the model, with the weights of the plan's seed, and what trains it."""
+        torch.manual_seed(plan.seed)
+        model = lesson.build().to(lesson.batches.device)
+        driver = Driver.start(
+            plan.entrant, model, course.preconditioning(plan.entrant), lesson.batches.terms, plan.seed
+        )
+        return cls(plan, course, lesson, driver, Stopwatch(lesson.batches.device), _endless(lesson))
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Mean seconds on the wall of each phase of our K-FAC when it ran."""
+        return self.driver.phases()
+
+    def advance(self) -> None:
+        """Run to the next look; a loss that is no number, and a contestant that gives up, end the heat."""
+        done = self.looks[-1].step if self.looks else 0
+        count = min(self.course.look_every, self.plan.steps - done)
+        try:
+            with self.watch:
                 for step in range(done, done + count):
-                    driver.set_rate(plan.rate * learning_rate_share(step, plan.steps))
-                    _step(driver, lesson, *next(batches))
-            value = _look(driver.model, lesson)
-            looks.append(Look(done + count, watch.seconds, watch.cpu_seconds, value))
-            if not math.isfinite(value):
-                end = "diverged"
-                break
-    except (KaisaError, RuntimeError) as error:  # such as a decomposition of what is not finite
-        end = f"failed: {error}"
-    driver.close()
-    return looks, {"end": end, "phases": driver.phases()}
+                    self.driver.set_rate(self.plan.rate * learning_rate_share(step, self.plan.steps))
+                    self.step()
+            value = self.look()
+        except (KaisaError, RuntimeError) as error:  # such as a decomposition of what is not finite
+            self._close(f"failed: {error}")
+            return
+        self.looks.append(Look(done + count, self.watch.seconds, self.watch.cpu_seconds, value))
+        if not math.isfinite(value):
+            self._close("diverged")
+        elif done + count == self.plan.steps:
+            self._close("finished")
+
+    def step(self) -> None:
+        """Take one step."""
+        inputs, targets = next(self.batches)
+        self.driver.model.train()
+        with mixed_precision(self.lesson), self.driver.forward():
+            loss = self.lesson.task.loss(self.driver.model(inputs), targets)
+        self.driver.step(loss)
+
+    def look(self) -> float:
+        """Return the score on what is tested on."""
+        lesson = replace(self.lesson, task=self.lesson.task.raced)
+        return evaluate(self.driver.model, lesson).means()[1][0]
+
+    def _close(self, end: str) -> None:
+        self.end = end
+        self.driver.close()
+
+
+def run_interleaved(heats: Sequence[Heat]) -> None:
+    """Run heats to their ends in turns, a look at a time; each round begins with another one.
+
+    What slows the machine for a while slows all of them.
+    """
+    turn = 0
+    while under_way := [heat for heat in heats if heat.end is None]:
+        first = turn % len(under_way)
+        for heat in under_way[first:] + under_way[:first]:
+            heat.advance()
+        turn += 1
 
 
 def warm_up(plan: Plan, course: Course, lesson: Lesson) -> None:
     """Take a few steps that are thrown away: what the first steps of a process cost is no contestant's."""
-    driver = _start(plan, course, lesson)
-    batches = _endless(lesson)
+    heat = Heat.start(plan, course, lesson)
     for _ in range(WARM_UP_STEPS):
-        _step(driver, lesson, *next(batches))
-    _look(driver.model, lesson)
-    driver.close()
-
-
-def _start(plan: Plan, course: Course, lesson: Lesson) -> Driver:
-    torch.manual_seed(plan.seed)
-    model = lesson.build().to(lesson.batches.device)
-    options = course.preconditioning(plan.entrant)
-    return Driver.start(plan.entrant, model, options, lesson.batches.terms, plan.seed)
+        heat.step()
+    heat.look()
+    heat.driver.close()
 
 
 def _endless(lesson: Lesson) -> Iterator[Example]:
@@ -140,15 +185,3 @@ def _endless(lesson: Lesson) -> Iterator[Example]:
     while True:
         yield from lesson.batches.epoch(epoch)
         epoch += 1
-
-
-def _step(driver: Driver, lesson: Lesson, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-    driver.model.train()
-    with mixed_precision(lesson), driver.forward():
-        loss = lesson.task.loss(driver.model(inputs), targets)
-    driver.step(loss)
-
-
-def _look(model: nn.Module, lesson: Lesson) -> float:
-    score = evaluate(model, replace(lesson, task=lesson.task.raced)).means()
-    return score[1][0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,7 +19,7 @@ from typing import Any
 
 from kaisa.recipes.files import written_whole
 from kaisa.recipes.race.courses import Course
-from kaisa.recipes.race.heat import Look, Plan
+from kaisa.recipes.race.heat import Heat, Look, Plan
 from kaisa.recipes.record import describe_machine, describe_versions, find_commit
 
 FORMAT = 1
@@ -30,7 +30,7 @@ PEERS = ("pytorch-optimizer", "kfac-pytorch", "transformers")
 
 
 @dataclass(frozen=True)
-class Heat:
+class Result:
     """What became of a plan.
 
     Attributes:
@@ -88,31 +88,34 @@ class Ledger:
     def _folder(self, stage: str) -> Path:
         return self.folder / self.size / self.course.recipe / stage
 
-    def read(self, plan: Plan, stage: str) -> Heat | None:
+    def read(self, plan: Plan, stage: str) -> Result | None:
         """Return a heat that has been run; None if there is none, or its file is torn or of other conditions."""
         heat = _read(self.path(plan, stage))
         return heat if heat is not None and heat.conditions == self.conditions() else None
 
-    def heats(self, stage: str) -> Iterator[Heat]:
+    def heats(self, stage: str) -> Iterator[Result]:
         """Yield all heats of a stage, in the order of their files."""
         for path in sorted(self._folder(stage).glob("*.json")):
             heat = _read(path)
             if heat is not None and heat.conditions == self.conditions():
                 yield heat
 
-    def write(self, plan: Plan, stage: str, looks: Sequence[Look], about: dict[str, Any]) -> Heat:
-        """Keep a heat; return it as it will be read."""
+    def write(self, heat: Heat, stage: str) -> Result:
+        """Keep a heat that has ended; return what will be read."""
+        return self.put(heat.plan, stage, heat.end or "", heat.looks, heat.phases)
+
+    def put(self, plan: Plan, stage: str, end: str, looks: Sequence[Look], phases: Mapping[str, float]) -> Result:
+        """Keep what became of a plan."""
         about = {
-            **about,
             "preconditioning": self.course.preconditioning(plan.entrant),
+            "phases": dict(phases),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": describe_machine(),
             "versions": {**describe_versions(), **dict(_peers())},
             "commit": find_commit(),
         }
-        end = about.pop("end")
         name = plan.entrant.name
-        heat = Heat(name, plan.rate, plan.steps, plan.seed, stage, end, list(looks), self.conditions(), about)
+        heat = Result(name, plan.rate, plan.steps, plan.seed, stage, end, list(looks), self.conditions(), about)
         path = self.path(plan, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
@@ -139,7 +142,7 @@ def _peers() -> Iterator[tuple[str, str]]:
             continue
 
 
-def _to_json(heat: Heat) -> str:
+def _to_json(heat: Result) -> str:
     """Return a heat with a line for each look; a value that is no number is null."""
     value = {"format": FORMAT, "kind": KIND, **asdict(heat)}
     value["looks"] = []
@@ -157,7 +160,7 @@ def _to_json(heat: Heat) -> str:
     return text.replace('"looks": []', f'"looks": [\n  {lines}\n ]') + "\n"
 
 
-def _read(path: Path) -> Heat | None:
+def _read(path: Path) -> Result | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -165,4 +168,4 @@ def _read(path: Path) -> Heat | None:
     if not isinstance(value, dict) or (value.pop("format", None), value.pop("kind", None)) != (FORMAT, KIND):
         return None
     looks = [Look(step, real, cpu, math.nan if score is None else score) for step, real, cpu, score in value["looks"]]
-    return Heat(**{**value, "looks": looks})
+    return Result(**{**value, "looks": looks})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -19,12 +19,12 @@ from kaisa.recipes.files import written_whole
 from kaisa.recipes.images import Images
 from kaisa.recipes.options import Options
 from kaisa.recipes.race.courses import Course
-from kaisa.recipes.race.heat import Plan, run_heat, thin_tests, warm_up
-from kaisa.recipes.race.ledger import Heat
+from kaisa.recipes.race.heat import Heat, Plan, run_interleaved, thin_tests, warm_up
+from kaisa.recipes.race.ledger import FINAL, Result
 from kaisa.recipes.race.stages import Race
 from kaisa.recipes.tasks import Lesson
 
-Hear = Callable[[Race, Plan, Heat], None]
+Hear = Callable[[Race, Result], None]
 """Told of each heat when it is kept."""
 
 
@@ -101,21 +101,41 @@ def _kept_images(path: Path) -> ImageData:
 
 
 def run(races: Sequence[Race], stage: str, grounds: Grounds, limit: int | None, hear: Hear) -> int:
-    """Run at most ``limit`` heats of a stage; return how many were run."""
-    done, warm = 0, set()
+    """Run at most ``limit`` heats of a stage; return how many were run.
+
+    Heats of tuning run one after another, for what is due depends on the last; finals of one seed run interleaved.
+    """
+    done = 0
+    warm: set[tuple[str, str]] = set()
     for race in races:
         while limit is None or done < limit:
-            plan = next(islice(race.due(stage), 1), None)
-            if plan is None:
+            plans = _together(race, stage, None if limit is None else limit - done)
+            if not plans:
                 break
-            lesson = grounds.lesson(race.course, plan.seed)
-            if (race.course.recipe, plan.entrant.name) not in warm:
-                warm_up(plan, race.course, lesson)
-                warm.add((race.course.recipe, plan.entrant.name))
-            looks, about = run_heat(plan, race.course, lesson)
-            hear(race, plan, race.ledger.write(plan, stage, looks, about))
-            done += 1
+            heats = [_start(race, plan, grounds, warm) for plan in plans]
+            run_interleaved(heats)
+            for heat in heats:
+                hear(race, race.ledger.write(heat, stage))
+            done += len(heats)
     return done
+
+
+def _together(race: Race, stage: str, most: int | None) -> list[Plan]:
+    """Return the heats that run next, interleaved."""
+    due = race.due(stage)
+    first = next(due, None)
+    if first is None:
+        return []
+    others = takewhile(lambda plan: plan.seed == first.seed, due) if stage == FINAL else ()
+    return [first, *islice(others, None if most is None else most - 1)]
+
+
+def _start(race: Race, plan: Plan, grounds: Grounds, warm: set[tuple[str, str]]) -> Heat:
+    lesson = grounds.lesson(race.course, plan.seed)
+    if (race.course.recipe, plan.entrant.name) not in warm:
+        warm_up(plan, race.course, lesson)
+        warm.add((race.course.recipe, plan.entrant.name))
+    return Heat.start(plan, race.course, lesson)
 
 
 def use_threads(count: int) -> None:

@@ -22,7 +22,7 @@ from kaisa.recipes.catalogue import find_recipe
 from kaisa.recipes.race.courses import FACTOR, Course
 from kaisa.recipes.race.entrants import Entrant, find_entrant
 from kaisa.recipes.race.heat import Look, Plan
-from kaisa.recipes.race.ledger import FINAL, TUNE, Heat, Ledger
+from kaisa.recipes.race.ledger import FINAL, TUNE, Ledger, Result
 from kaisa.recipes.tasks import Score
 
 TUNING_SEED = 1000
@@ -79,7 +79,7 @@ class Race:
         values = [heat.value for heat in heats if heat is not None]
         return self.score.worst(*values) if len(values) == len(TARGET_SEEDS) else None
 
-    def first(self, heat: Heat, target: float) -> Look:
+    def first(self, heat: Result, target: float) -> Look:
         """Return the first look that shows the target, or `NEVER`."""
         return next((look for look in heat.looks if self.score.reaches(look.value, target)), NEVER)
 
@@ -119,7 +119,7 @@ class Race:
         best = min(range(len(plans)), key=lambda i: self._rank(heats[i], target))
         return plans[best].rate
 
-    def _rank(self, heat: Heat | None, target: float | None) -> tuple[int, float]:
+    def _rank(self, heat: Result | None, target: float | None) -> tuple[int, float]:
         """Return what is less for a better heat."""
         assert heat is not None
         reached = NEVER if target is None else self.first(heat, target)
@@ -174,7 +174,7 @@ class Race:
         others = [(entrant, *setting) for entrant, setting in chosen if setting is not None]
         return [(self.control, rate, self.course.steps), *others]
 
-    def final(self, entrant: Entrant, rate: float, steps: int) -> list[Heat]:
+    def final(self, entrant: Entrant, rate: float, steps: int) -> list[Result]:
         """Return the finals of a setting that have been run."""
         heats = [self.ledger.read(Plan(entrant, rate, steps, seed), FINAL) for seed in FINAL_SEEDS]
         return [heat for heat in heats if heat is not None]

@@ -17,7 +17,7 @@ from kaisa.recipes.extras import load_extra
 from kaisa.recipes.files import written_whole
 from kaisa.recipes.race.entrants import Entrant
 from kaisa.recipes.race.heat import Look
-from kaisa.recipes.race.ledger import Heat
+from kaisa.recipes.race.ledger import Result
 from kaisa.recipes.race.stages import Race
 
 TO_REACH = -0.363
@@ -48,7 +48,7 @@ class Standing:
     is_control: bool
     rate: float
     steps: int
-    heats: tuple[Heat, ...]
+    heats: tuple[Result, ...]
     reached: int
     first: Look
     step_seconds: float
@@ -205,7 +205,7 @@ def _draw_curves(axes: Any, race: Race) -> None:
     axes.legend(fontsize=7)
 
 
-def _together(heats: Sequence[Heat]) -> list[tuple[Look, ...]]:
+def _together(heats: Sequence[Result]) -> list[tuple[Look, ...]]:
     return list(zip(*(heat.looks for heat in heats), strict=True))
 
 
