@@ -11,11 +11,13 @@ coverage      which layers are preconditioned, and why the others are not
 fisher, damping, trust_region   the choices of a step
 capture       hooks: one backward pass in, Statistics out
 mean          factors over a data set, at fixed weights
+exporters     factors for laplace-torch, kronfluence and curvlinops
 preconditioner  the step, in phases
 """
 
 from kaisa.kfac.coverage import Coverage, CoverageRow
 from kaisa.kfac.damping import LevenbergMarquardt
+from kaisa.kfac.exporters import to_curvlinops, to_kronfluence, to_laplace
 from kaisa.kfac.factors import Factors, Label, Pair, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import Layer, LayerOptions, MatrixLayer, NotCovered, register
@@ -53,4 +55,7 @@ __all__ = [
     "WarmStart",
     "mean_factors",
     "register",
+    "to_curvlinops",
+    "to_kronfluence",
+    "to_laplace",
 ]
