@@ -7,7 +7,6 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kaisa.errors import ConfigurationError, DifferentiationError, StateError
 from kaisa.optim import AdaHessian
-from tests.support import adahessian_ranks
 
 DOUBLE = torch.float64
 
@@ -176,13 +174,6 @@ def test_a_closure_is_evaluated() -> None:
 
     assert optimizer.step(closure).item() == pytest.approx(loss_of(network(), 0).item())
     assert equal(values(model), trained(1))
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one_with_the_whole_batch(tmp_path: Path) -> None:
-    alone = adahessian_ranks.train(0, 1)
-    for ranks in adahessian_ranks.run(2, tmp_path):
-        close(ranks, alone, 1e-11)
 
 
 def test_given_means_over_ranks_are_used() -> None:
@@ -485,6 +476,55 @@ def test_an_operation_without_second_derivative_is_named_with_the_remedy(attenti
     optimizer.backward(loss)
     with pytest.raises(DifferentiationError, match=r"scaled_dot_product_flash_attention.*sdpa_kernel\(SDPBackend.MATH"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("is_unscaled", [False, True])
+def test_the_loss_scale_leaves_differences(is_unscaled: bool) -> None:
+    model = network()
+    optimizer = AdaHessian(model.parameters(), update_period=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = optimizer.backward_by_difference(lambda step=step: loss_of(model, step), scaler=scaler)
+        assert loss == loss_of(model, step)
+        if is_unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    close(values(model), trained(4, update_period=2), 1e-5)
+
+
+def test_an_overflow_skips_the_step_of_differences() -> None:
+    model = network()
+    optimizer = AdaHessian(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before, overflow = values(model), torch.tensor(float("inf"), dtype=DOUBLE)
+    optimizer.backward_by_difference(lambda: loss_of(model, 0) * overflow, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512
+    assert equal(before, values(model))
+    optimizer.zero_grad()
+    train(model, optimizer, range(1))
+    assert equal(values(model), trained(1))
+
+
+def test_some_examples_may_speak_for_all_by_differences() -> None:
+    model, reference = network(), network()
+    inputs, targets = data(0)
+    for network_, differ in ((model, True), (reference, False)):
+        optimizer = AdaHessian(network_.parameters())
+
+        def part(network_: nn.Module = network_) -> Tensor:
+            return F.cross_entropy(network_(inputs[:2]), targets[:2]).mul(0.25)
+
+        if differ:
+            optimizer.backward_by_difference(part, share=0.25)
+        else:
+            optimizer.backward(part(), share=0.25)
+        F.cross_entropy(network_(inputs[2:]), targets[2:]).mul(0.75).backward()
+        optimizer.step()
+    close(values(model), values(reference), 1e-5)
 
 
 def test_the_remedies_work(attention: Any) -> None:

@@ -18,6 +18,7 @@ averages over, and is kept once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from torch.optim.optimizer import ParamsT
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.optim.averaging import AUTO, Averaging, average, check_averaging
+from kaisa.optim.branches import Branches
 from kaisa.optim.differences import RandomState, check_precision, displaced, quotients
 from kaisa.optim.elementwise import ElementwiseOptimizer, Group, Run, check_flag, check_number
 from kaisa.optim.hutchinson import (
@@ -256,21 +258,23 @@ class AdaHessian(ElementwiseOptimizer):
         scaler: torch.amp.GradScaler | None = None,
         probes: Probes | None = None,
         distance: float | None = None,
+        share: float = 1.0,
         unsynchronized: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
         """Compute gradients, and Hz as the difference of two: Hz ≈ (g(x + hz) − g(x)) / h.
 
         Another pass a sample takes the place of second derivatives: about half their time, and hardly any memory.
-        Every operation is allowed. For smooth networks in float32 or finer this is Hz. It is another estimate where
-        the gradient jumps, as with rectifiers: jumps count as curvature, the more so the smaller h. Autocast computes
-        too coarsely for the h that is chosen. Both passes draw the same random numbers; statistics of batch
-        normalisation see both.
+        Every operation is allowed. In float32 or finer this is Hz, to rounding. Rectifiers, pools of maxima and their
+        like are held to the side that they took (see `kaisa.optim.branches`), for otherwise the jumps of their gradient
+        would count as curvature, the more so the smaller h. Autocast computes too coarsely for the h that is chosen.
+        All passes draw the same random numbers; statistics of batch normalisation see all.
 
         Args:
             closure: returns the loss, not scaled; called once more for each sample when the Hessian is due.
             scaler: multiplies the loss for mixed precision; its scale is taken out of Hz.
             probes: as `step` takes them; None draws them.
             distance: h · |z| over 1 + |x|; None for twice the root of the precision.
+            share: of the examples of the step, those that the closure takes, as for `backward`.
             unsynchronized: makes the context of the further calls: ``model.no_sync`` with DistributedDataParallel.
 
         Returns:
@@ -279,7 +283,9 @@ class AdaHessian(ElementwiseOptimizer):
         Raises:
             ConfigurationError: a parameter has 16 bits, whose differences mean nothing, or the distance is not above 0.
                 Nothing has changed.
+            StateError: the closure did other operations when it was called again.
         """
+        check_number("share", share, FRACTION)
         if not self.hessian_due:
             loss = closure()
             (loss if scaler is None else scaler.scale(loss)).backward()
@@ -289,16 +295,18 @@ class AdaHessian(ElementwiseOptimizer):
             check_number("distance", distance, POSITIVE)
         self._begin()
         samples = self._draw() if probes is None else self._given(probes)
-        state = RandomState()
-        loss = closure()
+        state, branches = RandomState(), Branches()
+        with branches.observed():
+            loss = closure()
         inputs, before = self._pass(loss if scaler is None else scaler.scale(loss), create_graph=False)
         scale = _scale(loss, scaler)
         for number, sample in enumerate(samples):
             z = self._chosen(sample, inputs)
             with displaced(inputs, z, distance) as h, state.again(), unsynchronized():
-                again = closure()
+                with branches.held():
+                    again = closure()
                 after = torch.autograd.grad(again if scaler is None else scaler.scale(again), inputs)
-            self._take(inputs, number, z, quotients(before, after, h), scale)
+            self._take(inputs, number, z, quotients(before, after, h * share), scale)
         return loss.detach()
 
     def _begin(self) -> None:
@@ -532,7 +540,7 @@ class AdaHessian(ElementwiseOptimizer):
             state["hessian_updates"] += 1
             states.append(state)
             square = d * d
-            squares.append(torch.where(square.isfinite(), square, state["exp_hessian_diag_sq"]))
+            squares.append(torch.where(square < math.inf, square, state["exp_hessian_diag_sq"]))
         if states:
             operations.mix_([state["exp_hessian_diag_sq"] for state in states], squares, 1 - group["betas"][1])
 

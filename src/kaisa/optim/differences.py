@@ -40,7 +40,7 @@ def displaced(parameters: Sequence[Tensor], probe: Sequence[Tensor], distance: f
     h = (distance or 2 * eps**0.5) * (1 + _norm(kept, device)) / _norm(probe, device)
     with torch.no_grad():
         for parameter, z in zip(parameters, probe, strict=True):
-            parameter.add_(z * h.to(z.device, z.real.dtype))
+            parameter.addcmul_(z, h.to(z.device, z.dtype))
     try:
         yield h
     finally:
@@ -50,7 +50,7 @@ def displaced(parameters: Sequence[Tensor], probe: Sequence[Tensor], distance: f
 
 def quotients(before: Sequence[Tensor], after: Sequence[Tensor], h: Tensor) -> list[Tensor]:
     """Return the differences of gradients over h."""
-    return [(y - x) / h.to(y.device, y.real.dtype) for x, y in zip(before, after, strict=True)]
+    return [torch.sub(y, x).div_(h.to(y.device, y.real.dtype)) for x, y in zip(before, after, strict=True)]
 
 
 def _norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

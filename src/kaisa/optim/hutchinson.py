@@ -21,9 +21,18 @@ from torch.autograd.function import once_differentiable
 
 from kaisa.errors import DifferentiationError
 
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random signs, eight of a random byte, for it is drawing that costs."""
+    device, count = like.device, like.numel()
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    drawn = torch.empty(-(-count // 8), dtype=torch.int32, device=device).random_(0, 256, generator=generator)
+    return (2 * bits - 1).to(like.dtype).index_select(0, drawn).view(-1)[:count].view(like.shape)
+
+
 DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "rademacher": lambda x, generator: x.random_(0, 2, generator=generator).mul_(2).sub_(1),
-    "gaussian": lambda x, generator: x.normal_(generator=generator),
+    "rademacher": _signs,
+    "gaussian": lambda like, generator: torch.empty_like(like).normal_(generator=generator),
 }
 
 _ONCE = once_differentiable(lambda context: None).__code__
@@ -61,8 +70,11 @@ def draw(parameters: Sequence[Tensor], distribution: str, samples: int, seed: in
     for sample in probes:
         for (device, dtype), indices in alike.items():
             sizes = [parameters[index].numel() for index in indices]
-            flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-            DISTRIBUTIONS[distribution](torch.view_as_real(flat) if dtype.is_complex else flat, generators[device])
+            like = torch.empty(sum(sizes), dtype=dtype, device=device)
+            flat = DISTRIBUTIONS[distribution](
+                torch.view_as_real(like) if dtype.is_complex else like, generators[device]
+            )
+            flat = torch.view_as_complex(flat) if dtype.is_complex else flat
             for index, part in zip(indices, flat.split(sizes), strict=True):
                 sample[index] = part.view(parameters[index].shape)
     return probes
