@@ -82,6 +82,15 @@ def quarter_backward(optimizer: Any, closure: Closure, is_due: bool) -> None:
     (0.75 * closure(0.25, 1)).backward()
 
 
+def quarter_difference_backward(optimizer: Any, closure: Closure, is_due: bool) -> None:
+    """The same by differences, so that three quarters of the examples are seen once and one twice."""
+    if not is_due:
+        closure().backward()
+        return
+    optimizer.backward_by_difference(lambda: closure(0, 0.25) / 4, share=0.25)
+    (0.75 * closure(0.25, 1)).backward()
+
+
 def difference_backward(optimizer: Any, closure: Closure, is_due: bool) -> None:
     optimizer.backward_by_difference(closure)
 
@@ -120,6 +129,9 @@ CONTESTANTS = {
         partial(AdaHessian, lr=RATE, update_period=2), difference_backward, BOTH
     ),
     "kaisa adahessian, a quarter": Contestant(partial(AdaHessian, lr=RATE, update_period=2), quarter_backward, BOTH),
+    "kaisa adahessian, differences of a quarter": Contestant(
+        partial(AdaHessian, lr=RATE, update_period=2), quarter_difference_backward, BOTH
+    ),
     "pytorch-optimizer adahessian": Contestant(peers_adahessian, graph_backward, BOTH, "pytorch_optimizer"),
 }
 
@@ -215,9 +227,7 @@ def peak_bytes(name: str, workload: Workload, settings: Settings) -> int:
         trainer.round(*batch)
     if settings.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # not ru_maxrss, in which a process begins with the peak of the one that started it
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return step_time.peak_of_process()
 
 
 def extra_peaks(names: Sequence[str], workload: str, options: argparse.Namespace) -> dict[str, int]:
@@ -240,9 +250,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     if {"kaisa arsg", "adamw, foreach"} <= rows_of.keys():
         updates = [rows_of[name]["steps"][PLAIN]["update"][1] for name in ("kaisa arsg", "adamw, foreach")]
         rows.append(("kaisa arsg: update / AdamW's, both foreach", round(updates[0] / updates[1], 4), 1.1))
-    for name in ("kaisa adahessian", "kaisa adahessian, a quarter", "kaisa adahessian, differences"):
-        if name not in rows_of:
-            continue
+    for name in (name for name in rows_of if name.startswith("kaisa adahessian")):
         for period, bound in ((1, 2.2), (5, 1.3)):
             rows.append((f"{name}: period {period} / SGD", rows_of[name]["average"][str(period)], bound))
         if peer in rows_of:

@@ -453,10 +453,10 @@ def peak_memory(name: str, workload: Workload, settings: Settings) -> int:
     CONTESTANTS[name].trainer(workload, settings).warm_up(*batch)
     if settings.device == "cuda":
         return torch.cuda.max_memory_allocated() - before
-    return _peak_of_process()
+    return peak_of_process()
 
 
-def _peak_of_process() -> int:
+def peak_of_process() -> int:
     """Returns the peak resident bytes. Linux lets ``ru_maxrss`` inherit the parent's, ``VmHWM`` is this program's."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
