@@ -27,6 +27,7 @@ class Course:
         steps: of the whole schedule.
         look_every: steps between two looks at what is tested on.
         tests: the most examples (images, sequences) that are tested on, spread evenly over all.
+        test_side: height and width of what is tested on of each image with a mask; None for the whole.
         control: the recipe's usual first-order optimizer, which sets the target.
         rates: the middle of the grid by optimizer or contestant, where it is not the usual one.
         kfac: options of our K-FAC by contestant, on top of `KFAC`; "" is for all.
@@ -42,6 +43,7 @@ class Course:
     rates: Mapping[str, float] = field(default_factory=dict)
     kfac: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     short: float = 0.5
+    test_side: int | None = None
 
     def grid(self, entrant: Entrant) -> tuple[float, ...]:
         """Return the learning rates that a contestant is tried with, the middle one first."""
@@ -60,54 +62,105 @@ class Course:
 
 KFAC: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damping": 0.003, "kl_clip": 0.001}
 KFAC_PYTORCH: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damping": 0.003, "kl_clip": 0.001}
+EARLY: dict[str, Any] = {"factor_update_steps": (1, 10), "inv_update_steps": (2, 50)}
+"""Growing intervals, from the first of the two to the last: see `kaisa.recipes.race.entrants.growing`."""
+
 RATES: dict[str, float] = {
     "sgd": 0.1,
     "adamw": 0.003,
-    "muon": 0.003,
-    "soap": 0.003,
+    "muon": 0.01,
+    "soap": 0.01,
     "shampoo": 0.003,
     "adahessian": 0.15,
     "arsg": 0.01,
-    **{f"{name} on sgd": 0.1 for name in ("kfac-pytorch", "eigen", "ekfac", "warm_eigen")},
-    **{f"{name} on adamw": 0.003 for name in ("kfac-pytorch", "eigen", "ekfac", "sqrt_ekfac", "warm_eigen")},
-    "sqrt_ekfac on sgd": 0.0005,
+    "kfac-pytorch on sgd": 0.1,
+    "kfac-pytorch on adamw": 0.003,
+    **{f"{solver} on sgd": 0.3 for solver in ("eigen", "ekfac", "warm_eigen", "cholesky")},
+    **{f"{solver} on adamw": 0.01 for solver in ("eigen", "ekfac", "sqrt_ekfac", "warm_eigen")},
+    "sqrt_ekfac on sgd": 0.001,
 }
 
 _SMALL = {
     "resnet": Course(
         "resnet",
-        {"model": "resnet20", "image_size": 16, "batch_size": 64, "augment": True},
-        steps=300,
-        look_every=6,
-        tests=2000,
+        {"model": "resnet8", "image_size": 16, "batch_size": 256, "augment": True},
+        steps=100,
+        look_every=4,
+        tests=1000,
         control="sgd",
+        kfac={"": {"factor_update_steps": (1, 10), "inv_update_steps": 5, "sharing": "reduce"}},
     ),
     "unet": Course(
         "unet",
-        {"model": "unet8", "crop": 64, "batch_size": 8, "augment": True},
-        steps=300,
-        look_every=6,
+        {"model": "unet4", "crop": 48, "batch_size": 8, "augment": True},
+        steps=80,
+        look_every=4,
+        tests=6,
+        test_side=128,
+        control="adamw",
+        rates={"adamw": 0.01},
+        kfac={"": {"factor_update_steps": 5, "inv_update_steps": 5}},
+    ),
+    "gpt": Course(
+        "gpt",
+        {"model": "gpt-nano", "positions": 64, "batch_size": 32},
+        steps=120,
+        look_every=4,
+        tests=96,
+        control="adamw",
+        rates={"sgd": 0.3, **{f"{solver} on sgd": 0.1 for solver in ("eigen", "ekfac", "warm_eigen", "cholesky")}},
+        kfac={"": {**EARLY, "damping": 0.03, "kl_clip": 0.0003}},
+    ),
+    "bert": Course(
+        "bert",
+        {"model": "bert-nano", "positions": 32, "batch_size": 64},
+        steps=120,
+        look_every=4,
+        tests=256,
+        control="adamw",
+        rates={"sgd": 0.3},
+        kfac={"": {**EARLY, "damping": 0.03}},
+    ),
+}
+_FULL = {
+    "resnet": Course(
+        "resnet",
+        {"model": "resnet20", "batch_size": 512, "augment": True},
+        steps=2000,
+        look_every=50,
+        tests=10_000,
+        control="sgd",
+        kfac={"": {"sharing": "reduce"}},
+    ),
+    "unet": Course(
+        "unet",
+        {"model": "unet32", "crop": 128, "batch_size": 16, "augment": True},
+        steps=1000,
+        look_every=25,
         tests=6,
         control="adamw",
     ),
     "gpt": Course(
         "gpt",
-        {"model": "gpt-tiny", "positions": 64, "batch_size": 16},
-        steps=300,
-        look_every=6,
-        tests=200,
+        {"model": "gpt-small", "positions": 256, "batch_size": 64},
+        steps=1500,
+        look_every=25,
+        tests=1000,
         control="adamw",
+        kfac={"": {**EARLY, "damping": 0.03}},
     ),
     "bert": Course(
         "bert",
-        {"model": "bert-tiny", "positions": 32, "batch_size": 32},
-        steps=300,
-        look_every=6,
-        tests=400,
+        {"model": "bert-base", "positions": 128, "batch_size": 64, "unit": "words", "vocabulary": 8192},
+        steps=1500,
+        look_every=25,
+        tests=1000,
         control="adamw",
+        rates={"adamw": 0.0003},
+        kfac={"": {**EARLY, "damping": 0.03}},
     ),
 }
-COURSES: dict[str, dict[str, Course]] = {"small": _SMALL, "full": {}}
+COURSES: dict[str, dict[str, Course]] = {"small": _SMALL, "full": _FULL}
 
 
 def find_course(recipe: str, size: str) -> Course:

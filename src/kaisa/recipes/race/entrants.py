@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kaisa
 from kaisa.errors import ConfigurationError
-from kaisa.kfac.solvers import EKFAC, Eigen, Solver, WarmStart
+from kaisa.kfac.solvers import EKFAC, Cholesky, Eigen, Solver, WarmStart
 from kaisa.kfac.trust_region import Graft
 from kaisa.optim import ARSG, AdaHessian
 
@@ -36,6 +36,7 @@ SHARE = 10  # growing intervals are a tenth of the steps that lie behind
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "eigen": Eigen,
+    "cholesky": Cholesky,
     "ekfac": EKFAC,
     "sqrt_ekfac": lambda: EKFAC(root=True),
     "warm_eigen": lambda: Eigen(WarmStart()),
@@ -149,7 +150,8 @@ def _field() -> dict[str, Entrant]:
     bases = ("sgd", "adamw")
     peer = [Entrant(f"kfac-pytorch on {base}", base, "kfac-pytorch", needs="kfac") for base in bases]
     solvers = ("eigen", "ekfac", "sqrt_ekfac", "warm_eigen")
-    ours = [Entrant(f"{solver} on {base}", base, "ours", solver) for base in bases for solver in solvers]
+    pairs = [(solver, base) for base in bases for solver in solvers]
+    ours = [Entrant(f"{solver} on {base}", base, "ours", solver) for solver, base in [*pairs, ("cholesky", "sgd")]]
     return {entrant.name: entrant for entrant in (*alone, *peer, *ours)}
 
 

@@ -73,8 +73,14 @@ class Stopwatch:
         return time.perf_counter(), time.process_time()
 
 
-def thin_tests(lesson: Lesson, most: int) -> Lesson:
-    """Return a lesson that is tested on at most so many examples, spread evenly over all, and kept at hand."""
+def thin_tests(lesson: Lesson, most: int, side: int | None = None) -> Lesson:
+    """Return a lesson that is tested on at most so many examples, spread evenly over all, and kept at hand.
+
+    Args:
+        lesson: whose tests are thinned.
+        most: how many examples may be left.
+        side: height and width of what is left of images and masks; None for the whole.
+    """
     batches = list(lesson.tests)
     step = max(1, -(-sum(len(targets) for _, targets in batches) // most))
     kept, offset = [], 0
@@ -84,6 +90,8 @@ def thin_tests(lesson: Lesson, most: int) -> Lesson:
         offset += len(targets)
         if len(rows):
             kept.append((inputs[rows], targets[rows]))
+    if side is not None:
+        kept = [(inputs[..., :side, :side], targets[..., :side, :side]) for inputs, targets in kept]
     return replace(lesson, tests=kept)
 
 

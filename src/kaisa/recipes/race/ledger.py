@@ -130,7 +130,7 @@ class Ledger:
             "size": self.size,
             "options": dict(course.options),
             "look_every": course.look_every,
-            "tests": course.tests,
+            "tests": [course.tests, course.test_side],
         }
 
 

@@ -52,7 +52,7 @@ class Grounds:
         options = self.options(course)
         if course.recipe not in self._data:
             self._data[course.recipe] = self._read(options)
-        return thin_tests(self._data[course.recipe].lesson(options, seed), course.tests)
+        return thin_tests(self._data[course.recipe].lesson(options, seed), course.tests, course.test_side)
 
     def options(self, course: Course) -> Options:
         """Return the options of a course with its data."""
