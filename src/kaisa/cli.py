@@ -2,6 +2,7 @@
 
     kaisa train                trains one of the recipes, with an optimizer and with the same behind K-FAC
     kaisa plan                 the fastest placement that fits on other hardware, or measures this machine
+    kaisa explain              what a trained model looks at, as a page
     kaisa bench distributed    what each placement sends and holds, by formula
 
 Exit status: 0 done; 1 a rank was lost; 2 bad input, said in one line on standard error, with nothing
@@ -20,6 +21,7 @@ from typing import Annotated
 import typer
 
 from kaisa.commands.bench import bench
+from kaisa.commands.explain import explain
 from kaisa.commands.plan import plan
 from kaisa.commands.processes import RefusedElsewhere
 from kaisa.commands.status import BAD_INPUT, FAILED, INTERRUPTED
@@ -35,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(plan)
+app.command()(explain)
 app.add_typer(bench, name="bench")
 
 

@@ -157,16 +157,42 @@ def _tokens_of(explanation: Drawable, row: int, count: int) -> Sequence[str]:
 
 
 def _pictures(explanation: Drawable) -> Figure:
+    """Draw what was made, what it was made of above it, and how the objective went."""
     pictures = explanation.values[:SHOWN]
     trace = explanation.details.get("trace")
-    canvas, axes = _canvas(1, len(pictures) + (trace is not None))
-    for axis, picture in zip(axes[0], pictures, strict=False):
+    originals = explanation.inputs if isinstance(explanation.inputs, Tensor) else None
+    has_originals = originals is not None and originals.shape == explanation.values.shape
+    canvas, axes = _canvas(1 + has_originals, len(pictures) + (trace is not None))
+    if originals is not None and has_originals:
+        _show(axes[0], originals[:SHOWN])
+        axes[0][0].set_title("given", fontsize=8, loc="left")
+    _show(axes[-1], pictures)
+    for axis, caption in zip(axes[-1], _captions(explanation), strict=False):
+        axis.set_title(caption, fontsize=8, loc="left")
+    if trace is not None:
+        for axis in axes[:, -1]:
+            axis.set_axis_off()
+        axes[-1][-1].set_axis_on()
+        axes[-1][-1].plot(np.asarray(trace).T if np.ndim(trace) > 1 else np.asarray(trace), linewidth=1)
+        axes[-1][-1].set(xlabel="step")
+        axes[-1][-1].set_title("objective", fontsize=8, loc="left")
+        axes[-1][-1].tick_params(labelsize=7)
+    return canvas
+
+
+def _captions(explanation: Drawable) -> list[str]:
+    channels = explanation.details.get("channels")
+    if channels is not None:
+        return [f"channel {channel}" for channel in channels]
+    if explanation.target is not None:
+        return [f"{name}" for name in explanation.details.get("target_names", explanation.target)]
+    return ["made"]
+
+
+def _show(axes: Any, pictures: Tensor) -> None:
+    for axis, picture in zip(axes, pictures, strict=False):
         axis.imshow(_colours(picture if picture.dim() == 3 else picture.reshape(1, -1, picture.shape[-1])))
         axis.set_axis_off()
-    if trace is not None:
-        axes[0][-1].plot(np.asarray(trace).T if np.ndim(trace) > 1 else np.asarray(trace))
-        axes[0][-1].set(xlabel="step", title="objective")
-    return canvas
 
 
 def _traces(explanation: Drawable) -> Figure:
@@ -176,12 +202,34 @@ def _traces(explanation: Drawable) -> Figure:
 
 
 def _examples(explanation: Drawable) -> Figure:
+    shown = explanation.details.get("proponents_inputs")
+    if isinstance(shown, Tensor) and shown.dim() == 5 and isinstance(explanation.inputs, Tensor):
+        return _example_images(explanation, shown.shape[1])
     values = explanation.values[:SHOWN]
     values = values if values.dim() == 2 else values[None]
     canvas, axes = _canvas(len(values), 1, 2 * PANEL)
     for axis, value in zip(axes[:, 0], values, strict=True):
         order = value.abs().argsort(descending=True)[:BARS].tolist()
         _bars(axis, [f"example {index}" for index in order], value[order].tolist())
+    return canvas
+
+
+def _example_images(explanation: Drawable, count: int) -> Figure:
+    """Draw each image, its strongest proponents beside it, and its strongest opponents below them."""
+    assert isinstance(explanation.inputs, Tensor)
+    inputs, told = explanation.inputs[:SHOWN], explanation.details
+    canvas, axes = _canvas(2 * len(inputs), 1 + count, 0.5 * PANEL, 0.58 * PANEL)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    names = told.get("target_names", explanation.target or [""] * len(inputs))
+    for row, image in enumerate(inputs):
+        _show(axes[2 * row], image[None])
+        axes[2 * row][0].set_title(_plain(f"{names[row]}"), fontsize=7, loc="left")
+        for line, (sign, title) in enumerate((("proponents", "for"), ("opponents", "against"))):
+            _show(axes[2 * row + line][1:], told[f"{sign}_inputs"][row])
+            labels = told.get(f"{sign}_names", told[f"{sign}_targets"])[row]
+            for axis, label in zip(axes[2 * row + line][1:], labels, strict=True):
+                axis.set_title(_plain(f"{title}: {label}"), fontsize=7, loc="left")
     return canvas
 
 

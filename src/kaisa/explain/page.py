@@ -7,6 +7,7 @@ the browser to load anything else.
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Protocol
@@ -41,8 +42,12 @@ class Shown(Protocol):
     def quality(self) -> Figures:
         """Figures by name."""
 
-    def png(self, dots_per_inch: int = 100) -> bytes:
-        """The drawing."""
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """What else the method tells; ``target_names`` are shown for the target."""
+
+    def plot(self) -> Any:
+        """The drawing, a figure of matplotlib."""
 
 
 MEANINGS: Mapping[str, tuple[str, str]] = {
@@ -70,12 +75,14 @@ STYLE = """
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; font-weight: 650; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; font-weight: 650; }
 h2 { font-size: 1.05rem; margin: 0 0 .6rem; font-weight: 650; }
-.lead { color: var(--soft); margin: 0 0 1.5rem; }
+.lead { color: var(--soft); margin: -.75rem 0 1.25rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 .cards.alone { grid-template-columns: minmax(0, 48rem); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; }
+.card.wide { margin: 0 0 1.25rem; }
+.card.wide img { max-width: 52rem; }
 .card img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: .35rem; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .9rem; margin: .8rem 0 0;
   font-size: .87rem; }
@@ -112,9 +119,9 @@ def page(explanations: Sequence[Shown], title: str, *, lead: str = "", curves: b
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>' if lead else ""]
     if several:
         parts.append(_table(explanations))
+    parts.append(_picture_card("Deletion and insertion", curves) if curves else "")
     parts.append(f'<div class="cards{"" if several else " alone"}">')
-    parts += [_card(explanation, with_figures=not several) for explanation in explanations]
-    parts.append(_picture_card("Curves", curves) if curves else "")
+    parts += [_card(explanation, is_alone=not several) for explanation in explanations]
     parts += ["</div>", _legend(explanations), _footer(explanations)]
     return _document(title, "\n".join(part for part in parts if part))
 
@@ -128,18 +135,27 @@ def _document(title: str, body: str) -> str:
     )
 
 
-def _card(explanation: Shown, with_figures: bool) -> str:
+def _card(explanation: Shown, is_alone: bool) -> str:
+    title = "" if is_alone else f"<h2>{escape(explanation.method)}</h2>"
     options = _pairs({name: _short(value) for name, value in explanation.options.items()})
     return (
-        f'<section class="card"><h2>{escape(explanation.method)}</h2>{_image(explanation.png(), explanation.method)}'
-        f"{_pairs(_facts(explanation, with_figures))}"
+        f'<section class="card">{title}{_image(_drawn(explanation), explanation.method)}'
+        f"{_pairs(_facts(explanation, with_figures=is_alone))}"
         + (f"<details><summary>options</summary>{options}</details>" if explanation.options else "")
         + "</section>"
     )
 
 
+def _drawn(explanation: Shown) -> bytes:
+    """Return the drawing as PNG without its title, which the page says in words."""
+    figure, buffer = explanation.plot(), io.BytesIO()
+    figure.suptitle("")
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": ""})
+    return buffer.getvalue()
+
+
 def _picture_card(title: str, picture: bytes) -> str:
-    return f'<section class="card"><h2>{escape(title)}</h2>{_image(picture, title)}</section>'
+    return f'<section class="card wide"><h2>{escape(title)}</h2>{_image(picture, title)}</section>'
 
 
 def _image(picture: bytes, name: str) -> str:
@@ -149,7 +165,8 @@ def _image(picture: bytes, name: str) -> str:
 def _facts(explanation: Shown, with_figures: bool) -> dict[str, str]:
     facts = {}
     if explanation.target is not None:
-        facts["target"] = _listed([str(target) for target in explanation.target])
+        names = explanation.details.get("target_names", explanation.target)
+        facts["target"] = _listed([str(name) for name in names])
     if with_figures:
         facts |= {_words(name): _listed([f"{f:.3g}" for f in figures]) for name, figures in explanation.quality.items()}
     return facts

@@ -21,7 +21,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> by
     Args:
         curves: by kind, then by method: shares (points,) and scores (inputs, points).
     """
-    figure = load("matplotlib.figure", "a drawing").Figure(figsize=(4.2, 2.9 * len(curves)), layout="constrained")
+    figure = load("matplotlib.figure", "a drawing").Figure(figsize=(4.2 * len(curves), 3.1), layout="constrained")
     methods = list(dict.fromkeys(method for lines in curves.values() for method in lines))
     colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
     for axis, (kind, lines) in zip(_axes(figure, len(curves)), curves.items(), strict=True):
@@ -31,12 +31,12 @@ def draw_curves(curves: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> by
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": ""})
     return buffer.getvalue()
 
 
-def _axes(figure: Any, rows: int) -> Sequence[Any]:
-    axes: Sequence[Any] = figure.subplots(rows, 1, squeeze=False)[:, 0]
+def _axes(figure: Any, columns: int) -> Sequence[Any]:
+    axes: Sequence[Any] = figure.subplots(1, columns, squeeze=False)[0]
     return axes

@@ -152,4 +152,4 @@ def _scales(large: Tensor, small: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor
     of_large = (large * sizes.rsqrt()).pow(-1 / 3)
     of_small = (small * largest_entry / (sizes - 1).clamp_min(1)).pow(-1 / 3)
     norm = (of_large.square().reciprocal() + of_small.square().reciprocal()).sqrt()
-    return of_large * norm, of_small * norm
+    return torch.where(sizes > 1, of_large * norm, 1), of_small * norm

@@ -76,12 +76,15 @@ class ImageData:
         return len(self.train)
 
     def describe(self) -> dict[str, Any]:
+        normalize = Normalizer.fit(self.train)
         return {
             "source": self.source,
             "classes": list(self.train.classes),
             "shape": list(self.train.shape),
             "train_images": len(self.train),
             "test_images": len(self.test),
+            "mean": normalize.mean.flatten().tolist(),
+            "deviation": normalize.deviation.flatten().tolist(),
             "digest": _digest(self.train.pixels, self.train.labels, self.test.pixels, self.test.labels),
         }
 
