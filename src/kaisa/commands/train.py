@@ -163,6 +163,14 @@ def train(
     threads: Annotated[int | None, option("Processor threads [digits: 1; PyTorch's choice]", panel=MACHINE)] = None,
     device: Annotated[str | None, option("cpu or cuda [cpu]", panel=MACHINE)] = None,
     precision: Annotated[str | None, option("float32, or bfloat16 for autocast [float32]", panel=MACHINE)] = None,
+    quantize: Annotated[
+        str | None,
+        option(
+            "Train in few bits: bhq:5 (or ptq, psq) for gradients of 5 bits and all else of 8; qat:8 for none of the "
+            "gradients [no]",
+            panel=MACHINE,
+        ),
+    ] = None,
     nproc: Annotated[int | None, option("Processes that share each batch [1, or torchrun's]", panel=MACHINE)] = None,
     grad_worker_fraction: Annotated[
         str | None,

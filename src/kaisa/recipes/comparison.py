@@ -9,6 +9,7 @@ was done and the checkpoint of the last whole epoch; `compare` goes on from ther
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_model
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.kfac.collectives import Alone, Collectives
+from kaisa.quantize import QuantConfig, prepare
 from kaisa.recipes.contestants import Contestant
 from kaisa.recipes.data import Data
 from kaisa.recipes.files import written_whole
@@ -75,12 +77,20 @@ def compare(record: Record, data: Data, folder: Path, watcher: Watcher, ranks: C
     """Run what the record does not have yet; ``ranks`` reaches the other processes that do the same."""
     ranks = ranks or Alone()
     for seed in record.options.seeds:
-        lesson = data.lesson(record.options, seed, ranks.rank, ranks.world_size)
+        lesson = in_few_bits(data.lesson(record.options, seed, ranks.rank, ranks.world_size), record.options)
         for contestant in record.options.build_contestants():
             if not record.is_finished(contestant.name, seed):
                 _run(contestant, lesson, record, folder, watcher, ranks)
     if ranks.rank == 0:
         (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def in_few_bits(lesson: Lesson, options: Options) -> Lesson:
+    """Return a lesson whose model computes in few bits, where that is asked for."""
+    if options.quantize is None:
+        return lesson
+    config = QuantConfig.read(options.quantize)
+    return replace(lesson, build=lambda: prepare(lesson.build(), config))
 
 
 def _run(

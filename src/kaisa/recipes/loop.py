@@ -28,6 +28,7 @@ import kaisa
 from kaisa.errors import StateError
 from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.optim import AdaHessian
+from kaisa.quantize import load_ranges, ranges_of
 from kaisa.recipes.contestants import Contestant, learning_rate_share
 from kaisa.recipes.files import written_whole
 from kaisa.recipes.tasks import Batches, Lesson, Score, Task
@@ -221,6 +222,7 @@ class Training:
             "contestant": self.contestant.slug,
             "seed": self.batches.seed,
             "model": self.model.state_dict(),
+            "ranges": ranges_of(self.model),
             "optimizer": self.optimizer.state_dict(),
             "kfac": self._gather_kfac_states(),
             "random": torch.get_rng_state(),
@@ -243,6 +245,7 @@ class Training:
                 "start as many as the run began with"
             )
         self.model.load_state_dict(state["model"])
+        load_ranges(self.model, state.get("ranges", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.kfac is not None:
             self.kfac.load_state_dict(state["kfac"][self.ranks.rank])

@@ -12,6 +12,7 @@ import torch
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.arrangement import AUTO
 from kaisa.kfac.placement import gradient_workers
+from kaisa.quantize import QuantConfig
 from kaisa.recipes.catalogue import Recipe, find_model, find_recipe
 from kaisa.recipes.contestants import ADAHESSIAN, Contestant, Preconditioning
 from kaisa.recipes.tasks import Score, Task
@@ -58,6 +59,8 @@ class Options:
         threads: of the processor; None for as many as PyTorch takes.
         device: "cpu" or "cuda".
         precision: "float32", or "bfloat16" for mixed precision.
+        quantize: what is computed in few bits, as `kaisa.quantize.QuantConfig.read` takes it, such as "bhq:5"; None for
+            nothing.
         tensorboard: whether losses and scores are written for TensorBoard too.
         nproc: processes that share each batch.
 
@@ -89,6 +92,7 @@ class Options:
     threads: int | None = None
     device: str = "cpu"
     precision: str = "float32"
+    quantize: str | None = None
     tensorboard: bool = False
     nproc: int = 1
 
@@ -103,6 +107,8 @@ class Options:
         self._check_choice("contestants", CONTESTANTS)
         self._check_choice("device", DEVICES)
         self._check_choice("precision", tuple(PRECISIONS))
+        if self.quantize is not None:
+            QuantConfig.read(self.quantize)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("device is cuda, but PyTorch finds none; give --device cpu")
         self._check_sharing()
