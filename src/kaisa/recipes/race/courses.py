@@ -83,7 +83,7 @@ RATES: dict[str, float] = {
 _SMALL = {
     "resnet": Course(
         "resnet",
-        {"model": "resnet8", "image_size": 16, "batch_size": 256, "augment": True},
+        {"model": "resnet8", "image_size": 16, "batch_size": 128, "augment": True},
         steps=100,
         look_every=4,
         tests=1000,

@@ -1,7 +1,7 @@
 """What is run, in which order: a function of what has been run.
 
     tune     1  the control with its whole schedule: three learning rates, seed TUNING_SEED
-             2  the same with the best rate and two more seeds: the worst final value is the target, from here on fixed
+             2  the same with the best rate and two more seeds: the median at the end is the target, from here on fixed
              3  everybody, the control too, with K-FAC's shorter schedule: three learning rates
              4  who missed the target: once more with the best of these rates and the whole schedule
     final    everybody with the rate and the schedule that tuning chose, FINAL_SEEDS; each seed begins with another one
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from kaisa.errors import StateError
 from kaisa.recipes.catalogue import find_recipe
@@ -77,7 +78,7 @@ class Race:
         plans = [Plan(self.control, rate, self.course.steps, seed) for seed in TARGET_SEEDS] if rate else []
         heats = [self.ledger.read(plan, TUNE) for plan in plans]
         values = [heat.value for heat in heats if heat is not None]
-        return self.score.worst(*values) if len(values) == len(TARGET_SEEDS) else None
+        return median(values) if len(values) == len(TARGET_SEEDS) else None
 
     def first(self, heat: Result, target: float) -> Look:
         """Return the first look that shows the target, or `NEVER`."""
