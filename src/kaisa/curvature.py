@@ -12,15 +12,15 @@ pairs with ``a`` and ``g`` by the names of the layers, of the loss of *one* exam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from kaisa.errors import ConfigurationError
+from kaisa.errors import ConfigurationError, DataError
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """A number of the outputs (1, …) and targets (1, …) of one example: its loss, a logit."""
@@ -112,6 +112,28 @@ class Curvature:
         counted = sum(_own_size(modules[name]) for name in bases)
         return cls(bases, counted / sum(p.numel() for p in model.parameters()), left_out)
 
+    def corrected_by(self, model: nn.Module, score: Score, batches: Iterable[tuple[Tensor, Tensor]]) -> Self:
+        """Returns the curvature with Λ measured on examples: EKFAC.
+
+        Args:
+            model: the model, in the mode in which it is to be run.
+            score: the loss of one example.
+            batches: inputs and targets; targets drawn from the model's prediction give the Fisher matrix.
+
+        Raises:
+            DataError: there is no example.
+        """
+        sums = {name: torch.zeros_like(basis.values) for name, basis in self.bases.items()}
+        count = 0
+        for inputs, targets in batches:
+            for name, gradient in example_gradients(model, score, inputs, targets, tuple(self.bases)).items():
+                sums[name] += self.bases[name].rotate(gradient).square().sum(0)
+            count += len(inputs)
+        if not count:
+            raise DataError("there are no examples to measure moments on; give at least one batch")
+        bases = {name: replace(basis, values=sums[name] / count) for name, basis in self.bases.items()}
+        return replace(self, bases=bases, corrected=True)
+
 
 def decompose(pair: KroneckerPair) -> Basis:
     """Returns the eigenbasis of a pair, computed in float64: small eigenvalues are divided by."""
@@ -165,17 +187,20 @@ def as_parameters(model: nn.Module, layer: str, matrix: Tensor) -> dict[str, Ten
 
 
 def outputs_of(output: Any) -> Tensor:
-    """Returns what a model says, as one tensor: itself, its ``logits``, or the first of a tuple.
+    """Returns the tensor in what a model gives: itself, the ``logits`` of a record, or the first of several.
 
     Raises:
-        ConfigurationError: there is no tensor.
+        ConfigurationError: there is none.
     """
-    found = getattr(output, "logits", output)
-    if isinstance(found, list | tuple) and found:
-        found = found[0]
-    if isinstance(found, Tensor):
-        return found
-    raise ConfigurationError(f"the model returns {type(output).__name__}; wrap it in one that returns a tensor")
+    for candidate in (output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)):
+        if isinstance(candidate, Tensor):
+            return candidate
+    items = list(output.values()) if isinstance(output, dict) else output
+    if isinstance(items, tuple | list) and items:
+        return outputs_of(items[0])
+    raise ConfigurationError(
+        f"the model gives {type(output).__name__}; expected a tensor, a record with logits or a tuple"
+    )
 
 
 def _misfit(module: nn.Module | None, pair: KroneckerPair) -> str | None:

@@ -14,9 +14,10 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from kaisa import kfac
+from kaisa.curvature import example_gradients
 from kaisa.errors import ConfigurationError, DataError
 from kaisa.explain import Curvature, Examples, explain
-from kaisa.explain.influence import cross_entropy, example_gradients, sample_labels
+from kaisa.explain.influence import cross_entropy, sample_labels
 from kaisa.explain.quality import rank_correlation
 
 Model = nn.Sequential

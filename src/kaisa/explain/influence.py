@@ -18,15 +18,16 @@ names of the layers. They must be those of the loss of one example, as of `kaisa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from kaisa import curvature
+from kaisa.curvature import Matrices, Score, example_gradients
 from kaisa.errors import ConfigurationError, DataError
 from kaisa.explain.modules import as_tensor, undisturbed
 from kaisa.explain.registry import method
@@ -35,15 +36,10 @@ from kaisa.explain.subject import Outcome, Subject
 DAMPING = 0.1
 STRONGEST = 5  # training examples that are shown
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""The loss of a batch of one example: outputs (1, …) and targets (1, …) to a number."""
-
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
 """Draws targets from what a model predicts."""
 
 Progress = Callable[[int, int], None]
-Gradients = dict[str, Tensor]
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @method("influence", scope="examples", needs="module", summary="the training examples that made the prediction")
@@ -53,7 +49,7 @@ def influence(
     training: Examples,
     curvature: Curvature,
     damping: float = DAMPING,
-    loss: Loss | None = None,
+    loss: Score | None = None,
     targets: Tensor | None = None,
 ) -> Outcome:
     """Explain by influence functions: what leaving out a training example would do to the loss of the target.
@@ -108,18 +104,6 @@ def _strongest(values: Tensor, training: Examples) -> dict[str, Any]:
     return found
 
 
-class KroneckerPair(Protocol):
-    """The factors of one layer."""
-
-    @property
-    def a(self) -> Tensor:
-        """The second moment of the input (in, in), with the constant 1 of a bias last."""
-
-    @property
-    def g(self) -> Tensor:
-        """The second moment of the gradient at the output (out, out)."""
-
-
 @dataclass(frozen=True)
 class Examples:
     """Inputs and what a model should say of them.
@@ -154,75 +138,14 @@ class Examples:
             yield rows, self.inputs[rows].to(device), self.targets[rows].to(device)
 
 
-@dataclass(frozen=True)
-class Basis:
-    """The eigenbasis of one layer.
-
-    Attributes:
-        a: eigenvectors Q_A (in, in).
-        g: eigenvectors Q_G (out, out).
-        values: Λ (out, in).
-    """
-
-    a: Tensor
-    g: Tensor
-    values: Tensor
-
-    def rotate(self, gradients: Tensor) -> Tensor:
-        """Returns M̃ (examples, out, in)."""
-        return self.g.mT @ gradients @ self.a
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """The curvature of a model's loss in its eigenbasis, layer by layer.
-
-    Attributes:
-        bases: by the name of the layer.
-        share: the share of the model's parameters that it speaks of, 0 to 1.
-        left_out: layers with factors that it does not speak of, and why.
-        corrected: whether Λ are moments of gradients (EKFAC).
-    """
-
-    bases: Mapping[str, Basis]
-    share: float
-    left_out: Mapping[str, str]
-    corrected: bool = False
-
-    def __repr__(self) -> str:
-        kind = "EKFAC" if self.corrected else "K-FAC"
-        return f"{kind} curvature of {len(self.bases)} layers, {self.share:.1%} of the parameters"
-
-    @classmethod
-    def of(cls, model: nn.Module, factors: Mapping[str, KroneckerPair]) -> Curvature:
-        """Decomposes the factors of a model.
-
-        Layers that are not linear or convolutions of one group, and factors that are not dense, are left out.
-
-        Raises:
-            ConfigurationError: no layer is left.
-        """
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        bases: dict[str, Basis] = {}
-        left_out: dict[str, str] = {}
-        for name, pair in factors.items():
-            reason = _misfit(modules.get(name), pair)
-            if reason is None and f"{name}.weight" not in parameters:
-                reason = "its weight belongs to another layer too, or is computed"
-            if reason:
-                left_out[name] = reason
-            else:
-                bases[name] = _decompose(pair)
-        if not bases:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3]) or "there are none"
-            raise ConfigurationError(f"no layer of the model has factors that can be used ({reasons})")
-        counted = sum(_matrix_size(modules[name]) for name in bases)
-        return cls(bases, counted / sum(p.numel() for p in model.parameters()), left_out)
+@dataclass(frozen=True, repr=False)
+class Curvature(curvature.Curvature):
+    """The curvature of a model's loss, asked for influence; see `kaisa.curvature`."""
 
     def moments(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: Score,
         examples: Examples,
         *,
         sample: Sampler | None,
@@ -242,27 +165,33 @@ class Curvature:
             batch_size: how many gradients are held at once.
             progress: told how many examples of how many are done.
         """
-        sums = {name: torch.zeros_like(basis.values) for name, basis in self.bases.items()}
         with undisturbed(model):
-            for rows, inputs, given in examples.batches(batch_size, _device(model)):
-                targets = given if sample is None else sample(_outputs(model, inputs), generator)
-                for name, rotated in self._rotated(model, loss, inputs, targets).items():
-                    sums[name] += rotated.square().sum(0)
-                _tell(progress, rows.stop, len(examples))
-        bases = {name: replace(basis, values=sums[name] / len(examples)) for name, basis in self.bases.items()}
-        return replace(self, bases=bases, corrected=True)
+            return self.corrected_by(model, loss, self._drawn(model, examples, sample, generator, batch_size, progress))
 
-    def _rotated(self, model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Gradients:
+    def _drawn(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        sample: Sampler | None,
+        generator: torch.Generator,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows, inputs, given in examples.batches(batch_size, _device(model)):
+            yield inputs, given if sample is None else sample(_outputs(model, inputs), generator)
+            _tell(progress, rows.stop, len(examples))
+
+    def _rotated(self, model: nn.Module, loss: Score, inputs: Tensor, targets: Tensor) -> Matrices:
         gradients = example_gradients(model, loss, inputs, targets, tuple(self.bases))
         return {name: self.bases[name].rotate(gradient) for name, gradient in gradients.items()}
 
-    def _inverses(self, damping: float) -> Gradients:
+    def _inverses(self, damping: float) -> Matrices:
         return {name: 1 / (basis.values + damping * basis.values.mean()) for name, basis in self.bases.items()}
 
     def influence(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: Score,
         queries: Examples,
         training: Examples,
         *,
@@ -307,7 +236,7 @@ class Curvature:
     def self_influence(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: Score,
         examples: Examples,
         *,
         damping: float = DAMPING,
@@ -326,25 +255,6 @@ class Curvature:
         return result
 
 
-def example_gradients(
-    model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, layers: tuple[str, ...]
-) -> Gradients:
-    """Returns the gradient (examples, out, in) of every example's loss for each layer, the bias as the last column."""
-    wanted, fixed = _split(model, layers)
-
-    def of_one(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        output = as_tensor(functional_call(model, (parameters, fixed), (x[None],)))
-        return loss(output, y[None]).sum()
-
-    gradients = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="different")(wanted, inputs, targets)
-    result = {}
-    for layer in layers:
-        matrix = gradients[f"{layer}.weight"].flatten(2)
-        bias = gradients.get(f"{layer}.bias")
-        result[layer] = matrix if bias is None else torch.cat((matrix, bias[..., None]), -1)
-    return result
-
-
 def sample_labels(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Draws a class (examples,) from the softmax of each output; on the CPU, so that seeds mean the same everywhere."""
     labels = torch.multinomial(outputs.detach().double().cpu().softmax(-1), 1, generator=generator).squeeze(-1)
@@ -354,40 +264,6 @@ def sample_labels(outputs: Tensor, generator: torch.Generator) -> Tensor:
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Returns the cross-entropy summed over the examples."""
     return functional.cross_entropy(outputs, targets, reduction="sum")
-
-
-def _split(model: nn.Module, layers: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the parameters of the layers, and everything else that the model holds."""
-    names = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    wanted = {name: parameter for name, parameter in own.items() if name in names}
-    others = {name: parameter for name, parameter in own.items() if name not in names}
-    return wanted, {**others, **dict(model.named_buffers())}
-
-
-def _misfit(module: nn.Module | None, pair: KroneckerPair) -> str | None:
-    """Says why the factors of a layer cannot be used, None if they can."""
-    if module is None:
-        return "the model has no module of this name"
-    if not isinstance(module, _LAYERS) or getattr(module, "groups", 1) != 1:
-        return f"{type(module).__name__} is not linear or a convolution of one group"
-    weight, bias = module.weight, module.bias
-    size = weight[0].numel() + (bias is not None)
-    expected = (weight.shape[0],) * 2, (size,) * 2
-    if (tuple(pair.g.shape), tuple(pair.a.shape)) != expected:
-        return f"G {tuple(pair.g.shape)} and A {tuple(pair.a.shape)} are not {expected[0]} and {expected[1]}"
-    return None
-
-
-def _decompose(pair: KroneckerPair) -> Basis:
-    # In float64, where it costs little beside what follows: small eigenvalues are divided by.
-    (values_a, basis_a), (values_g, basis_g) = (torch.linalg.eigh(factor.double()) for factor in (pair.a, pair.g))
-    values = values_g.clamp(min=0)[:, None] * values_a.clamp(min=0)
-    return Basis(basis_a.to(pair.a), basis_g.to(pair.g), values.to(pair.a))
-
-
-def _matrix_size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from kaisa.assure.evidence.posterior import Posterior
+from kaisa.curvature import Curvature, example_gradients
 from kaisa.errors import ConfigurationError
 from kaisa.kfac import Factors, Fisher, mean_factors
 
@@ -120,6 +121,28 @@ def test_foreign_inputs_are_more_novel_than_familiar_ones(inputs: Tensor) -> Non
     foreign = posterior.predict(model, 6 * torch.randn(EXAMPLES, 4, dtype=torch.float64)).novelty
     better = (foreign[:, None] > familiar).double().mean()
     assert better > 0.85
+
+
+def test_corrected_eigenvalues_enter_as_they_are(inputs: Tensor) -> None:
+    model = network()
+    curvature = Curvature.of(model, factors_of(model, inputs))
+    targets = torch.randint(3, (EXAMPLES,))
+
+    def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, wanted, reduction="sum")
+
+    corrected = curvature.corrected_by(model, loss, [(inputs[:9], targets[:9]), (inputs[9:], targets[9:])])
+    posterior = Posterior.of(model, corrected, examples=EXAMPLES, precision=0.7, layers=["2"])
+    basis = curvature.bases["2"]
+    vectors = torch.kron(basis.g, basis.a)
+    gradients = example_gradients(model, loss, inputs, targets, ("2",))["2"].flatten(1)
+    moments = (gradients @ vectors).square().mean(0)
+    covariance = vectors @ (1 / (EXAMPLES * moments + 0.7)).diag() @ vectors.mT
+    jacobian = logit_jacobian(model, inputs[0], "2")
+    expected = (jacobian @ covariance @ jacobian.mT).diag()
+    assert torch.allclose(posterior.logit_variances(model, inputs[:1])[0], expected, rtol=1e-9)
+    with pytest.raises(ConfigurationError, match="give examples="):
+        Posterior.of(model, corrected)
 
 
 def test_modes_weights_and_hooks_stay(inputs: Tensor) -> None:

@@ -86,7 +86,7 @@ class Posterior:
     def of(
         cls,
         model: nn.Module,
-        factors: Mapping[str, KroneckerPair],
+        factors: Mapping[str, KroneckerPair] | Curvature,
         *,
         examples: int | None = None,
         precision: float = 1.0,
@@ -97,7 +97,8 @@ class Posterior:
 
         Args:
             model: with the trained weights.
-            factors: of a sampled or exact Fisher, best those of `kaisa.kfac.mean_factors`.
+            factors: of a sampled or exact Fisher, best those of `kaisa.kfac.mean_factors`; or the curvature made of
+                them, perhaps corrected (EKFAC).
             examples: N, how many the model was trained on; as the factors say if they are a mean over them.
             precision: τ; `with_best_precision` finds it.
             temperature: T.
@@ -118,11 +119,15 @@ class Posterior:
         for name, value in (("examples", examples), ("precision", precision), ("temperature", temperature)):
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigurationError(f"{name} is {value:g}; give a number above 0")
-        missing = [name for name in layers or () if name not in factors]
+        known = factors.bases if isinstance(factors, Curvature) else factors
+        missing = [name for name in layers or () if name not in known]
         if missing:
-            raise ConfigurationError(f"there are no factors of {', '.join(missing)}; there are: {', '.join(factors)}")
-        chosen = factors if layers is None else {name: factors[name] for name in layers}
-        curvature = Curvature.of(model, chosen)
+            raise ConfigurationError(f"there are no factors of {', '.join(missing)}; there are: {', '.join(known)}")
+        if isinstance(factors, Curvature):
+            bases = {name: factors.bases[name] for name in layers or factors.bases}
+            curvature = replace(factors, bases=bases)
+        else:
+            curvature = Curvature.of(model, {name: factors[name] for name in layers or factors})
         means = {name: matrix_of(model, name) for name in curvature.bases}
         return cls(curvature, means, examples, precision, temperature)
 
