@@ -225,14 +225,14 @@ def variance_report(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     with _same_noise(lesson):
         calls = _observe(lesson, layers, batch)
-    if not calls:
-        raise ConfigurationError(
-            "no layer of the model got a gradient; give a model with Linear or Conv modules, and a loss that uses them"
-        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     gains = _gains(lesson, layers, batch, calls, probes, generator, "bhq" in kinds)
-    measured = tuple(_layer(call, gain, kinds, bits) for call, gain in zip(calls, gains, strict=True))
-    return VarianceReport(measured, len(calls[0].x))
+    measured = tuple(
+        _layer(call, call.gradient, gain, kinds, bits)
+        for call, gain in zip(calls, gains, strict=True)
+        if call.gradient is not None
+    )
+    return VarianceReport(measured, measured[0].shape[0])
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -264,7 +264,8 @@ def _observe(lesson: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> 
         number = sum(call.layer is module for call in calls)
         call = _Call(f"{name}#{number + 1}" if number else name, module, inputs[0].detach().clone())
         calls.append(call)
-        output.register_hook(lambda gradient: setattr(call, "gradient", gradient))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: setattr(call, "gradient", gradient))
 
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in lesson.named_parameters()}
     with torch.enable_grad(), _hooked(layers, watch):
@@ -287,7 +288,8 @@ def _gains(
     with_reflections: bool,
 ) -> list[_Gains]:
     gains = [_Gains([], []) for _ in calls]
-    reflections = [reflections_of(matrix_of(_gradient(call))) if with_reflections else None for call in calls]
+    gradients = [call.gradient if with_reflections else None for call in calls]
+    reflections = [None if gradient is None else reflections_of(matrix_of(gradient)) for gradient in gradients]
     for _ in range(probes):
         with _same_noise(lesson):
             tangents = _tangents(lesson, layers, batch, generator)
@@ -358,14 +360,7 @@ def _forward(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> 
     return output
 
 
-def _gradient(call: _Call) -> Tensor:
-    if call.gradient is None:
-        raise ConfigurationError(f"the loss does not depend on layer {call.name!r}; leave it out of the model")
-    return call.gradient
-
-
-def _layer(call: _Call, gains: _Gains, kinds: Sequence[str], bits: Sequence[int]) -> LayerVariance:
-    gradient = _gradient(call)
+def _layer(call: _Call, gradient: Tensor, gains: _Gains, kinds: Sequence[str], bits: Sequence[int]) -> LayerVariance:
     parts: tuple[dict[str, dict[int, float]], ...] = tuple({kind: {} for kind in kinds} for _ in range(3))
     for kind in kinds:
         own, below = gains.reflected if kind == "bhq" else gains.plain
