@@ -67,7 +67,7 @@ def explain(
     _check_call(model_or_function, chosen, seed, batch_size)
     model = model_or_function if isinstance(model_or_function, nn.Module) else None
     read = read_inputs(inputs, kind, None if model is None else device_of(model))
-    _check_inputs(read, chosen)
+    _check_inputs(read, chosen, is_module=model is not None)
     with undisturbed(model), _chance(seed), _reporting(chosen.name, progress) as report:
         generator = torch.Generator().manual_seed(seed)
         subject = Subject(
@@ -101,9 +101,11 @@ def _check_call(model: Any, method: Method, seed: int, batch_size: int) -> None:
         raise ConfigurationError(f"batch_size is {batch_size!r}; expected an int of at least 1")
 
 
-def _check_inputs(inputs: Inputs, method: Method) -> None:
+def _check_inputs(inputs: Inputs, method: Method, is_module: bool) -> None:
     if inputs.kind == "none" and method.scope == "local":
         raise DataError(f"{method.name} explains inputs, and there are none")
+    if is_module and inputs.kind == "texts":
+        raise DataError("a torch module takes tensors, and inputs are texts; give token ids, or a function of texts")
     if method.kinds and inputs.kind not in method.kinds:
         raise DataError(f"{method.name} explains {', '.join(method.kinds)}, and inputs are {inputs.kind}; see kind=")
 

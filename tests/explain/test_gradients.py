@@ -1,0 +1,192 @@
+"""Gradients: Captum's values, the axioms, ReLUs of every kind, tokens, signals."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kaisa.errors import ConfigurationError
+from kaisa.explain import explain
+from tests.explain.conftest import ConvNet, SignalNet, rescaled
+
+attr = pytest.importorskip("captum.attr", reason="needs captum (pip install 'kaisa[explain]')")
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+
+
+class Relus(nn.Module):
+    """Two layers with a ReLU that is written in some way."""
+
+    def __init__(self, relu: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.relu = nn.Linear(5, 16), nn.Linear(16, 3), relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.relu(self.first(x)))
+
+
+WAYS = {
+    "module": nn.ReLU(),
+    "module in place": nn.ReLU(inplace=True),
+    "function": F.relu,
+    "function in place": lambda x: F.relu(x, inplace=True),
+    "torch": torch.relu,
+    "method": lambda x: x.relu(),
+    "method in place": lambda x: x.relu_(),
+}
+
+
+@pytest.fixture
+def double_net(conv_net: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    return conv_net.double().eval(), images.double()
+
+
+def test_saliency_is_captums(double_net: tuple[nn.Module, Tensor]) -> None:
+    model, x = double_net
+    for absolute in (False, True):
+        expected = attr.Saliency(model).attribute(x.clone().requires_grad_(), target=2, abs=absolute)
+        torch.testing.assert_close(explain(model, x, "saliency", 2, absolute=absolute).values, expected, **EXACT)
+
+
+def test_guided_backpropagation_is_captums_where_relus_are_modules(double_net: tuple[nn.Module, Tensor]) -> None:
+    model, x = double_net
+    said = explain(model, x, "guided_backprop", 2).values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it sets hooks
+        expected = attr.GuidedBackprop(model).attribute(x.clone().requires_grad_(), target=2)
+    torch.testing.assert_close(said, expected, **EXACT)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_write_a_relu_is_guided(way: str) -> None:
+    x = torch.randn(4, 5)
+    guided = explain(Relus(WAYS[way]), x, "guided_backprop", 1).values
+    model = Relus(WAYS["module"])
+    hidden = model.first(x)
+    expected = ((hidden > 0) * model.second.weight[1].clamp(min=0)) @ model.first.weight
+    torch.testing.assert_close(guided, expected.detach())
+    assert not torch.allclose(guided, explain(model, x, "saliency", 1).values)
+
+
+def test_a_model_without_relus_is_refused_by_guided_methods() -> None:
+    with pytest.raises(ConfigurationError, match="the model calls none"):
+        explain(Relus(torch.tanh), torch.randn(2, 5), "guided_backprop")
+
+
+def test_integrated_gradients_are_captums(double_net: tuple[nn.Module, Tensor]) -> None:
+    model, x = double_net
+    baseline = torch.full_like(x, 0.2)
+    for multiply in (True, False):
+        expected = attr.IntegratedGradients(model, multiply_by_inputs=multiply).attribute(
+            x, baseline, target=1, n_steps=30
+        )
+        said = explain(model, x, target=1, baseline=0.2, steps=30, multiply_by_inputs=multiply)
+        torch.testing.assert_close(said.values, expected, **EXACT)
+
+
+def test_smoothgrad_is_captums(double_net: tuple[nn.Module, Tensor]) -> None:
+    model, x = double_net
+    said = explain(model, x[:1], "smoothgrad", 1, samples=7, noise=0.2, seed=9)
+    torch.manual_seed(9)
+    spread = 0.2 * float(x[:1].max() - x[:1].min())
+    tunnel = attr.NoiseTunnel(attr.Saliency(model))
+    expected = tunnel.attribute(
+        x[:1].clone().requires_grad_(), nt_type="smoothgrad", nt_samples=7, stdevs=spread, target=1, abs=False
+    )
+    torch.testing.assert_close(said.values, expected, **EXACT)
+
+
+@pytest.mark.parametrize(("smooth", "plain"), [("smoothgrad", "saliency"), ("guided_smoothgrad", "guided_backprop")])
+def test_without_noise_smoothgrad_is_the_gradient(
+    double_net: tuple[nn.Module, Tensor], smooth: str, plain: str
+) -> None:
+    model, x = double_net
+    said = explain(model, x, smooth, samples=3, noise=0.0).values
+    torch.testing.assert_close(said, explain(model, x, plain).values, **EXACT)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), start=st.floats(-1, 1))
+def test_integrated_gradients_complete(seed: int, start: float) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    said = explain(model, x, target=1, baseline=start, steps=60)
+    difference = (model(x) - model(torch.full_like(x, start)))[:, 1]
+    torch.testing.assert_close(said.values.sum(1), difference.detach(), rtol=1e-6, atol=1e-8)
+    assert max(said.quality["completeness_gap"]) < 1e-6
+
+
+def test_the_completeness_gap_is_that_of_the_values(double_net: tuple[nn.Module, Tensor]) -> None:
+    model, x = double_net
+    for method in ("integrated_gradients", "guided_integrated_gradients"):
+        said = explain(model, x, method, target=1, steps=3)
+        difference = (model(x) - model(torch.zeros_like(x)))[:, 1].detach()
+        gap = (said.values.sum((1, 2, 3)) - difference).abs()
+        assert said.quality["completeness_gap"] == pytest.approx(gap.tolist(), rel=1e-6, abs=1e-12)
+
+
+def test_an_input_that_the_model_does_not_read_gets_nothing() -> None:
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([(x[:, 0] * x[:, 1]).relu(), x[:, 0].relu()], 1)
+
+    x = torch.rand(3, 3) + 0.1
+    for method in ("saliency", "integrated_gradients", "guided_backprop", "smoothgrad"):
+        assert (explain(Blind(), x, method, 0).values[:, 2] == 0).all()
+
+
+def test_inputs_that_the_model_treats_alike_get_the_same() -> None:
+    class Symmetric(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([(x[:, 0] + x[:, 1]).tanh() * x[:, 2], x.sum(1)], 1)
+
+    x = torch.tensor([[0.3, 0.3, 0.9]], dtype=torch.float64)
+    for method in ("saliency", "integrated_gradients"):
+        values = explain(Symmetric(), x, method, 0).values[0]
+        assert values[0] == pytest.approx(float(values[1]), rel=1e-12)
+
+
+def test_tokens_are_explained_at_their_embeddings(token_net: nn.Module) -> None:
+    tokens = torch.tensor([[3, 7, 7, 1, 0], [2, 2, 9, 4, 5]])
+    keep = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    token_net.double()
+    said = explain(token_net, tokens, target=1, steps=200, arguments={"keep": keep})
+    assert said.kind == "tokens"
+    assert said.values.shape == tokens.shape
+    assert said.values[0, 4] == 0  # masked, so that nothing reads it
+    assert (said.values[1] != 0).all()
+    assert max(said.quality["completeness_gap"]) < 1e-3
+    sizes = explain(token_net, tokens, "saliency", 1, arguments={"keep": keep}).values
+    assert (sizes >= 0).all()
+
+
+def test_tokens_of_a_model_without_embeddings_are_refused() -> None:
+    class Counts(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.one_hot(tokens, 5).double().sum(1)
+
+    with pytest.raises(ConfigurationError, match=r"no nn\.Embedding"):
+        explain(Counts(), torch.tensor([[1, 2]]), "saliency")
+
+
+def test_signals_are_explained_as_images_are() -> None:
+    model, x = rescaled(SignalNet()).double(), torch.rand(2, 2, 30, dtype=torch.float64)
+    for method in ("saliency", "guided_backprop", "smoothgrad", "integrated_gradients"):
+        assert explain(model, x, method, 1).values.shape == x.shape
+    expected = torch.autograd.grad(model(x.requires_grad_())[:, 1].sum(), x)[0]
+    torch.testing.assert_close(explain(model, x, "saliency", 1).values, expected, **EXACT)
+
+
+def test_a_frozen_model_in_half_precision_is_explained() -> None:
+    model = ConvNet().bfloat16().requires_grad_(False)
+    x = torch.rand(1, 3, 8, 8).bfloat16()
+    for method in ("saliency", "gradcam"):
+        assert explain(model, x, method).values.isfinite().all()
