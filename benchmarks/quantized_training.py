@@ -136,7 +136,8 @@ def means(results: dict[str, Any]) -> dict[str, tuple[float, float, int]]:
     found = {}
     for way in dict.fromkeys(run["way"] for run in results["runs"]):
         scores = [math.nan if run["score"] is None else run["score"] for run in results["runs"] if run["way"] == way]
-        error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+        is_known = len(scores) > 1 and all(map(math.isfinite, scores))
+        error = statistics.stdev(scores) / math.sqrt(len(scores)) if is_known else math.nan
         found[way] = (statistics.fmean(scores), error, len(scores))
     return found
 
@@ -160,6 +161,8 @@ def _draw(panel: Any, results: dict[str, Any]) -> None:
     scores = means(results)
     for color, kind in zip(("tab:red", "tab:orange", "tab:blue"), QUANTIZERS, strict=True):
         bits = sorted(int(way.split(":")[1]) for way in scores if way.startswith(kind))
+        if not bits:
+            continue
         mean, error, _ = zip(*(scores[f"{kind}:{count}"] for count in bits), strict=True)
         panel.errorbar(bits, mean, yerr=error, marker="o", capsize=3, color=color, label=kind.upper())
     for way, style in ((FLOAT, ":"), (QAT, "--")):

@@ -30,7 +30,7 @@ Ranges = tuple[Tensor, Tensor]
 WORTHWHILE = 2**22
 """Multiplications in a product from which on "auto" has it in integers."""
 
-CACHED = 2**17
+CACHED = 2**18
 """Numbers that a processor's cache holds besides their codes."""
 
 LEAST_SIDE = 64
@@ -88,7 +88,7 @@ class Codes:
 
     def column_sums(self) -> Tensor:
         """Return (1, columns) sums of codes."""
-        ones = self.values.new_ones(32, self.values.shape[0])
+        ones = self.values.new_ones(32 if self.values.is_cuda else 8, self.values.shape[0])
         return torch._int_mm(ones, self.values)[:1].to(self.step.dtype)
 
 
@@ -243,11 +243,11 @@ def _times(left: Codes, right: Codes) -> Tensor:
     return _with_columns(sums, left.step * right.step, rows, left.offset, columns)
 
 
-def _transposed_times(left: Codes, right: Codes) -> Tensor:
+def _transposed_times(left: Codes, right: Codes, left_sums: Tensor) -> Tensor:
     """Return left.T @ right, the former's steps and offsets by columns, the latter's one for all."""
     sums = torch._int_mm(left.values.t(), right.values)
     columns = right.step * right.column_sums() + right.offset * left.values.shape[0]
-    rows = left.column_sums().t().mul_(left.step.t() * right.offset)
+    rows = left_sums.t() * (left.step.t() * right.offset)
     return _with_columns(sums, left.step.t() * right.step, rows, left.offset.t(), columns)
 
 
@@ -288,5 +288,6 @@ def _weight_gradients(
     if known is None:
         assert rounding is not None
         known, _ = _encoded(gradient, rounding)
-    db = known.column_sums().mul_(known.step).add_(known.offset * known.values.shape[0])
-    return _transposed_times(known, inputs), db[0]
+    sums = known.column_sums()
+    db = (sums * known.step).add_(known.offset * known.values.shape[0])
+    return _transposed_times(known, inputs, sums), db[0]

@@ -72,7 +72,7 @@ def rounded(x: Tensor, bits: int | None, *, aligned: bool, ranges: tuple[Tensor,
     if bits is None or x.numel() == 0:
         return x
     encoded = encode(x.detach(), "ptq", bits, stochastic=False, aligned=aligned, ranges=ranges)
-    result: Tensor = _Straight.apply(x, encoded.restored())  # type: ignore[no-untyped-call]
+    result: Tensor = _Straight.apply(x, encoded.restored_())  # type: ignore[no-untyped-call]
     return result
 
 
