@@ -4,6 +4,7 @@
     kaisa plan                 the fastest placement that fits on other hardware, or measures this machine
     kaisa explain              what a trained model looks at, as a page
     kaisa bench distributed    what each placement sends and holds, by formula
+    kaisa assure               how reliable a frozen network may be claimed to be; 1 when a claim fails its target
 
 Exit status: 0 done; 1 a rank was lost; 2 bad input, said in one line on standard error, with nothing
 written; 130 interrupted, with what was done kept.
@@ -20,6 +21,7 @@ from typing import Annotated
 
 import typer
 
+from kaisa.commands.assure import assure
 from kaisa.commands.bench import bench
 from kaisa.commands.explain import explain
 from kaisa.commands.plan import plan
@@ -39,6 +41,7 @@ app.command()(train)
 app.command()(plan)
 app.command()(explain)
 app.add_typer(bench, name="bench")
+app.add_typer(assure, name="assure")
 
 
 def main() -> None:

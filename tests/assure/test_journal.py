@@ -83,7 +83,9 @@ def test_no_changed_byte_goes_unseen(position: int, value: int, tmp_path_factory
         assert append(open_journal(path, "eye", MODEL), demands(4, [1]), NOW).demands == 4
         assert path.read_bytes() == whole
     else:
-        with pytest.raises(StateError, match=r"damaged in line|is no kaisa|another network|is the journal of"):
+        with pytest.raises(
+            StateError, match=r"damaged in line|is no kaisa|another network|is the journal of|the prior or"
+        ):
             open_journal(path, "eye", MODEL)
         assert path.read_bytes() == damaged
 
@@ -113,6 +115,8 @@ def test_another_model_or_system_is_refused(tmp_path: Path) -> None:
         open_journal(tmp_path / "j", "eye", "b" * 64)
     with pytest.raises(StateError, match="journal of 'eye', not of 'ear'"):
         open_journal(tmp_path / "j", "ear", MODEL)
+    with pytest.raises(StateError, match="fixed before the first demand is seen"):
+        open_journal(tmp_path / "j", "eye", MODEL, basis="c" * 64)
 
 
 def test_two_processes_do_not_count_the_same_demand(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The demands that have been counted: a file that only grows, and that a kill at any byte leaves usable.
 
-    {"format":1,"kind":"kaisa assure journal","model":"sha256…","system":"…"}          whose demands these are
-    {"chain":"sha256…","n":1,"record":{"failed":false,"time":"…", …}}                  one line a demand
+    {"basis":"sha256…","format":1,"kind":"kaisa assure journal","model":"sha256…","system":"…"}    whose demands
+    {"chain":"sha256…","n":1,"record":{"failed":false,"time":"…", …}}                             one line a demand
 
 Each ``chain`` is the digest of the line before it and of its own content, so that nothing can be changed, left out or
 put in between unseen. A line that lacks its end was being written when the process died: it is dropped, and its record
@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +36,7 @@ class Journal:
         path: of the file.
         system: its name.
         model: SHA-256 of the model file, or empty without one.
+        basis: SHA-256 of the prior knowledge, which was fixed before the first demand.
         records: what has been counted, in order.
         size: how many bytes of the file are whole.
     """
@@ -43,6 +44,7 @@ class Journal:
     path: Path
     system: str
     model: str = ""
+    basis: str = ""
     records: tuple[Record, ...] = ()
     size: int = 0
     chain: str = field(default="", repr=False)
@@ -58,14 +60,14 @@ class Journal:
         return sum(record.failed for record in self.records)
 
 
-def open_journal(path: Path, system: str, model: str = "") -> Journal:
+def open_journal(path: Path, system: str, model: str = "", basis: str = "") -> Journal:
     """Read a journal, or begin one; nothing is written yet.
 
     Raises:
-        StateError: the file is damaged, no journal, or one of another system or model.
+        StateError: the file is damaged, no journal, or one of another system, model or prior.
     """
-    header = _line({"format": FORMAT, "kind": KIND, "model": model, "system": system})
-    empty = Journal(path, system, model, chain=digest_bytes(header))
+    header = _header(system, model, basis)
+    empty = Journal(path, system, model, basis, chain=digest_bytes(header))
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -74,14 +76,14 @@ def open_journal(path: Path, system: str, model: str = "") -> Journal:
         raise StateError(f"the journal {path} cannot be read: {error.strerror}") from error
     *lines, tail = content.split(b"\n")
     if not lines:
-        if not _begins(tail, header):
-            _check_header(path, tail, system, model)
+        if not header.startswith(tail):
+            _check_header(path, tail, empty)
         return empty
-    _check_header(path, lines[0], system, model)
+    _check_header(path, lines[0], empty)
     if lines[1:] and tail and not tail.startswith((b'{"chain":"')[: len(tail)]):
         raise StateError(f"{path} ends in {tail[:20]!r}, which no journal does; restore it from a copy")
     records, chain = _read(path, lines[1:], empty.chain)
-    return Journal(path, system, model, records, len(content) - len(tail), chain)
+    return replace(empty, records=records, size=len(content) - len(tail), chain=chain)
 
 
 def append(journal: Journal, stream: Sequence[Record], now: datetime, since: datetime | None = None) -> Journal:
@@ -98,15 +100,14 @@ def append(journal: Journal, stream: Sequence[Record], now: datetime, since: dat
     check_order([*journal.records, *new], now, since)
     if not new and journal.size:
         return journal
-    header = _line({"format": FORMAT, "kind": KIND, "model": journal.model, "system": journal.system})
-    lines, chain = [] if journal.size else [header + b"\n"], journal.chain
+    header = _header(journal.system, journal.model, journal.basis) + b"\n"
+    lines, chain = [] if journal.size else [header], journal.chain
     for number, record in enumerate(new, journal.demands + 1):
         chain = _link(chain, number, record)
         lines.append(_line({"n": number, "record": record.to_json(), "chain": chain}) + b"\n")
     content = b"".join(lines)
     _write(journal, content)
-    size = journal.size + len(content)
-    return Journal(journal.path, journal.system, journal.model, (*journal.records, *new), size, chain)
+    return replace(journal, records=(*journal.records, *new), size=journal.size + len(content), chain=chain)
 
 
 def _unknown(journal: Journal, stream: Sequence[Record]) -> Sequence[Record]:
@@ -142,29 +143,35 @@ def _read(path: Path, lines: Sequence[bytes], chain: str) -> tuple[tuple[Record,
     return tuple(records), chain
 
 
-def _check_header(path: Path, line: bytes, system: str, model: str) -> None:
+def _check_header(path: Path, line: bytes, expected: Journal) -> None:
     try:
         value = json.loads(line)
-        known = line == _line({"format": FORMAT, "kind": KIND, "model": value["model"], "system": value["system"]})
+        known = line == _header(value["system"], value["model"], value["basis"])
     except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     if not known:
         raise StateError(f"{path} is no {KIND} in format {FORMAT}; give another path, or restore it from a copy")
-    if value["system"] != system:
-        raise StateError(f"{path} is the journal of {value['system']!r}, not of {system!r}; give each its own")
-    if value["model"] != model:
+    if value["system"] != expected.system:
+        raise StateError(f"{path} is the journal of {value['system']!r}, not of {expected.system!r}; give each its own")
+    if value["model"] != expected.model:
         raise StateError(
-            f"the model file has changed since {path} was begun ({_short(value['model'])}, now {_short(model)}): its "
-            "demands speak of another network. Restore the model, or begin a new journal, from no demands"
+            f"the model file has changed since {path} was begun ({_short(value['model'])}, now "
+            f"{_short(expected.model)}): its demands speak of another network. Restore the model, or begin a new "
+            "journal, from no demands"
         )
+    if value["basis"] != expected.basis:
+        raise StateError(
+            f"the prior or the evidence for it has changed since {path} was begun; what is believed beforehand is "
+            "fixed before the first demand is seen. Restore it, or begin a new journal with unseen demands"
+        )
+
+
+def _header(system: str, model: str, basis: str) -> bytes:
+    return _line({"basis": basis, "format": FORMAT, "kind": KIND, "model": model, "system": system})
 
 
 def _short(digest: str) -> str:
     return f"{digest[:12]}…" if digest else "none"
-
-
-def _begins(tail: bytes, header: bytes) -> bool:
-    return header.startswith(tail)
 
 
 def _link(chain: str, number: int, record: Record) -> str:
