@@ -93,13 +93,13 @@ _SMALL = {
     "unet": Course(
         "unet",
         {"model": "unet4", "crop": 48, "batch_size": 8, "augment": True},
-        steps=80,
-        look_every=4,
+        steps=200,
+        look_every=5,
         tests=6,
         test_side=128,
         control="adamw",
         rates={"adamw": 0.01},
-        kfac={"": {"factor_update_steps": 5, "inv_update_steps": 5}},
+        kfac={"": {"factor_update_steps": (5, 10), "inv_update_steps": (5, 10)}},
     ),
     "gpt": Course(
         "gpt",
