@@ -1,0 +1,74 @@
+"""Bits for layers: against all choices there are."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kaisa.errors import ConfigurationError
+from kaisa.quantize import allocate_bits, variance_report
+from kaisa.quantize.bits import allocate, costs_of_factors
+
+
+@dataclass
+class Pair:
+    a: Tensor
+    g: Tensor
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_no_choice_within_the_budget_costs_less(data: st.DataObject) -> None:
+    names = [f"layer{i}" for i in range(data.draw(st.integers(1, 5)))]
+    choices = sorted(data.draw(st.sets(st.integers(2, 8), min_size=1, max_size=4)))
+    prices = st.floats(0, 100, allow_nan=False)
+    costs = {
+        name: {bits: data.draw(prices) for bits in choices} for name in names
+    }  # not even falling, let alone convex
+    weights = {name: data.draw(st.integers(1, 9)) for name in names}
+    budget = data.draw(st.floats(choices[0], 8.0))
+    found = allocate(costs, budget, weights)
+
+    def used(chosen: tuple[int, ...]) -> float:
+        return sum(weights[name] * bits for name, bits in zip(names, chosen, strict=True))
+
+    def cost(chosen: tuple[int, ...]) -> float:
+        return sum(costs[name][bits] for name, bits in zip(names, chosen, strict=True))
+
+    allowed = [c for c in itertools.product(choices, repeat=len(names)) if used(c) <= budget * sum(weights.values())]
+    assert list(found) == names
+    assert tuple(found.values()) in allowed
+    assert cost(tuple(found.values())) == pytest.approx(min(map(cost, allowed)))
+
+
+def test_a_budget_that_no_choice_meets_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"the budget is 1\.5 bits on average"):
+        allocate({"a": {2: 1.0, 3: 0.5}}, 1.5)
+
+
+def test_bits_of_a_model_have_less_variance_than_as_many_everywhere() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3))
+    batch = (torch.randn(16, 6) * torch.logspace(0, 1, 16).unsqueeze(1), torch.arange(16) % 3)
+    found = allocate_bits(model, batch, 4.0, kind="psq")
+    report = variance_report(model, batch, kinds=("psq",))
+    assert list(found) == ["0", "2", "4"]
+    assert sum(found.values()) <= 12
+    assert sum(layer.added("psq", found[layer.name]) for layer in report.layers) <= report.added("psq", 4)
+
+
+def test_factors_may_stand_in_for_variances() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    factors = {"1": Pair(torch.eye(4) * 100, torch.eye(4)), "0": Pair(torch.eye(4), torch.eye(4) * 0.01)}
+    found = allocate_bits(model, None, 5.0, factors=factors)
+    assert list(found) == ["0", "1"]
+    assert found["1"] > found["0"]
+    assert sum(found.values()) == 10
+    costs = costs_of_factors(factors, (2, 4))
+    assert costs["1"][2] == pytest.approx(4 * 400 / 9)
+    assert costs["0"][4] == pytest.approx(4 * 0.04 / 225)
