@@ -271,7 +271,12 @@ def _observe(lesson: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> 
     with torch.enable_grad(), _hooked(layers, watch):
         loss = _call(lesson, parameters, batch)
         torch.autograd.grad(loss, [p for p in parameters.values() if p.requires_grad], allow_unused=True)
-    if any(len(call.x) < 2 for call in calls):
+    reached = [call for call in calls if call.gradient is not None]
+    if not reached:
+        raise ConfigurationError(
+            "no layer of the model got a gradient; give a model with Linear or Conv modules, and a loss that uses them"
+        )
+    if any(len(call.x) < 2 for call in reached):
         raise ConfigurationError(
             "the batch holds a single example, which has no variance of sampling; give two or more"
         )

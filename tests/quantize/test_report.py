@@ -1,0 +1,164 @@
+"""The variance report: against dense derivatives in float64, draws through the whole network, and single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kaisa.errors import ConfigurationError
+from kaisa.quantize import quantize, variance_report
+from kaisa.quantize.report import LAYERS, VarianceReport
+
+Batch = tuple[Tensor, Tensor]
+
+
+def network() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 2, 4, generator=generator).double()
+    x[3] *= 20  # an outlier
+    return x, torch.arange(5) % 3
+
+
+@contextmanager
+def quantised(model: nn.Module, kind: str, bits: int, generator: torch.Generator) -> Iterator[None]:
+    """Quantise the gradient of every layer's output, once for both its uses."""
+
+    def watch(module: nn.Module, inputs: object, output: Tensor) -> None:
+        output.register_hook(lambda gradient: quantize(gradient, kind, bits, generator=generator))
+
+    handles = [module.register_forward_hook(watch) for module in model.modules() if isinstance(module, LAYERS)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_the_theorems_sum_is_that_of_dense_derivatives() -> None:
+    """γ is written out row by row, and the covariance of ε is that of draws of the quantiser alone."""
+    model, (x, y) = network(), batch()
+    report = variance_report(model, (x, y), kinds=("psq", "bhq"), bits=(4,), probes=150)
+    outputs: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, LAYERS):
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    loss, parameters = F.cross_entropy(model(x), y), list(model.parameters())
+    gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
+    generator = torch.Generator().manual_seed(2)
+    for layer, output, g in zip(report.layers, outputs, gradients, strict=True):
+        rows = [
+            torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for entry in output.flatten()
+        ]
+        gamma = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        for kind in report.kinds:
+            errors = torch.stack([quantize(g, kind, 4, generator=generator) - g for _ in range(500)])
+            expected = float((errors.flatten(1) @ gamma).square().sum(1).mean())
+            assert layer.added(kind, 4) == pytest.approx(expected, rel=0.2), (layer.name, kind)
+            assert layer.quantization[kind][4] == pytest.approx(float(errors.square().sum() / 500), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["ptq", "bhq"])
+def test_the_variance_through_the_whole_network_is_the_theorems_sum(kind: str) -> None:
+    model, (x, y) = network(), batch()
+    report = variance_report(model, (x, y), kinds=(kind,), bits=(6,), probes=150)
+    generator, draws = torch.Generator().manual_seed(3), 600
+    exact = gradient(model, F.cross_entropy(model(x), y))
+    with quantised(model, kind, 6, generator):
+        loss = F.cross_entropy(model(x), y)
+        found = torch.stack(
+            [
+                torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+                for _ in range(draws)
+            ]
+        )
+    variance = float(found.var(0).sum())
+    assert report.added(kind, 6) == pytest.approx(variance, rel=0.15)
+    assert float((found.mean(0) - exact).square().sum()) * draws / variance < 4  # unbiased: 1 on average
+
+
+def test_sampling_is_the_variance_of_what_examples_add() -> None:
+    model, (x, y) = network(), batch()
+    report = variance_report(model, (x, y), kinds=("psq",), bits=(8,), probes=1)
+    each = torch.stack([gradient(model, F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) / 5) for i in range(5)])
+    assert report.sampling == pytest.approx(float(5 * each.var(0).sum()), rel=1e-9)
+    squares = sum(layer.squared_gradient for layer in report.layers)
+    assert squares == pytest.approx(float(each.sum(0).square().sum()), rel=1e-9)
+    assert report.examples == 5
+
+
+def test_the_model_is_as_it_was() -> None:
+    norm, relu = nn.BatchNorm2d(2), nn.ReLU(inplace=True)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), norm, relu, nn.Dropout(), nn.Flatten(), nn.Linear(8, 2))
+    x, y = torch.randn(4, 1, 4, 4), torch.arange(4) % 2
+    state, noise = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    report = variance_report(model, (x, y), bits=(4, 8), probes=2)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert [layer.name for layer in report.layers] == ["0", "5"]
+
+
+def test_a_layer_that_is_frozen_or_called_twice_is_told_apart() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(torch.tanh(self.again(self.first(x))))
+
+    model = Twice()
+    model.first.requires_grad_(False)
+    report = variance_report(model, (torch.randn(6, 3), torch.arange(6) % 3), kinds=("psq",), bits=(4,), probes=2)
+    assert [layer.name for layer in report.layers] == ["again", "again#2"]
+    assert report.layers[0].below["psq"][4] == 0
+
+
+def test_branches_are_added_each_by_its_own_quantiser() -> None:
+    report = variance_report(network(), batch(), kinds=("bhq", "column"), bits=(4, 8), probes=2)
+    own = sum(layer.own["column"][8] for layer in report.layers)
+    below = sum(layer.below["bhq"][4] for layer in report.layers)
+    assert report.added_by_branches(("bhq", 4), ("column", 8)) == pytest.approx(own + below)
+    assert report.added("bhq", 4) == pytest.approx(report.added_by_branches(("bhq", 4), ("bhq", 4)))
+
+
+def test_a_report_is_a_table_a_file_and_a_picture(tmp_path: Path) -> None:
+    report = variance_report(network(), batch(), probes=1)
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines if line] == [
+        word for kind in report.kinds for word in (kind, "0", "3", "5", "all")
+    ]
+    assert lines[0].split()[1:4] == ["|gradient|²", "sampling", "8"]
+    report.save(tmp_path / "report.json")
+    assert VarianceReport.load(tmp_path / "report.json") == report
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_no_variance_is_refused() -> None:
+    x, y = batch()
+    with pytest.raises(ConfigurationError, match="the batch holds a single example"):
+        variance_report(network(), (x[:1], y[:1]))
+    with pytest.raises(ConfigurationError, match="no layer of the model got a gradient"):
+        variance_report(nn.Sequential(nn.LayerNorm(4), nn.Flatten()), (torch.randn(3, 4), torch.arange(3)))
