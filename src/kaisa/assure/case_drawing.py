@@ -16,9 +16,9 @@ from textwrap import wrap
 from kaisa.assure.case import Case, Node
 from kaisa.assure.case_notations import WORDS, Notation
 
-WIDTH, LINE, PADDING = 204.0, 16.0, 12.0
+WIDTH, LINE, PADDING = 214.0, 16.0, 12.0
 BESIDE, BELOW, ABOVE = 26.0, 18.0, 46.0  # gaps: between neighbours, in a column, between levels
-LETTERS = 31  # of a line of text
+LETTERS = 29  # of a line of text
 MARGIN = 16.0
 
 STYLE = """
@@ -133,7 +133,7 @@ def _gather(case: Case, node: Node, seen: set[str], notation: Notation) -> _Bloc
 
 
 def _make_box(node: Node, notation: Notation) -> _Box:
-    letters = 24 if node.kind == "solution" else LETTERS - 2 if node.kind == "strategy" else LETTERS
+    letters = 23 if node.kind == "solution" else LETTERS - 2 if node.kind == "strategy" else LETTERS
     lines = [("name", f"{node.name}\t{WORDS[notation][node.kind]}")]
     lines += [("text", line) for line in wrap(node.text, letters, max_lines=9, placeholder=" …")]
     if node.figure is not None:
@@ -156,7 +156,7 @@ def _figure_words(node: Node) -> str:
     if figure.target is None:
         return f"{figure.value:.5g}"
     sign = "≤" if figure.at_most else "≥"
-    return f"{'✓' if figure.is_met else '✗'} {figure.value:.5g}, needed {sign} {figure.target:g}"
+    return f"{'✓' if figure.is_met else '✗'} {figure.value:.4g}, needed {sign} {figure.target:g}"
 
 
 def _column(boxes: list[_Box]) -> tuple[float, float]:

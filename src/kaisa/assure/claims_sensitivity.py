@@ -78,26 +78,25 @@ def growth(question: Question, failed: Sequence[bool], points: int = 160) -> lis
 
 
 def _over_belief(question: Question, points: int) -> Curve | None:
-    quantiles = question.prior.quantiles
-    bound, now = next(iter(quantiles.items()))
-    highest = min([theta for epsilon, theta in quantiles.items() if epsilon > bound], default=0.9995)
-    x = [0.005 + (highest - 0.005) * index / (points - 1) for index in range(points)]
-    return _curve(
-        f"belief θ in pfd ≤ {bound:g}", question, x, now, (_with_quantile(question.prior, bound, bound, v) for v in x)
-    )
+    """Return the claim over the strongest belief, from the one before it on."""
+    *before, (bound, now) = question.prior.quantiles.items()
+    lowest = before[-1][1] if before else 0.005
+    x = [lowest + (0.9995 - lowest) * index / (points - 1) for index in range(points)]
+    priors = (_with_quantile(question.prior, bound, bound, belief) for belief in x)
+    return _curve(f"belief θ in pfd ≤ {bound:.4g}", question, x, now, priors)
 
 
 def _over_bound(question: Question, points: int) -> Curve | None:
+    """Return the claim over the bound of the strongest belief."""
     prior = question.prior
-    bound, theta = next(iter(prior.quantiles.items()))
+    *before, (bound, theta) = prior.quantiles.items()
     if bound == 0:
         return None
-    low = max(prior.floor, bound / 30)
-    others = [epsilon for epsilon in prior.bounds if epsilon > bound]
+    low = max(prior.floor, bound / 30, 1.001 * before[-1][0] if before else 0.0)
     limit = question.at if question.kind == "confidence" and question.at else 0.5
-    high = min([0.99 * others[0] if others else 1.0, max(limit, 1.05 * bound), 30 * bound, 0.99])
+    high = min(max(limit, 1.05 * bound), 30 * bound, 0.99)
     x = _logarithmic(low, high, points)
-    priors = (_with_quantile(prior, bound, v, theta) for v in x)
+    priors = (_with_quantile(prior, bound, epsilon, theta) for epsilon in x)
     return _curve(f"bound ε believed with θ = {theta:g}", question, x, bound, priors, is_logarithmic=True)
 
 

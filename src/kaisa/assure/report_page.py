@@ -51,7 +51,7 @@ tr:last-child td{border-bottom:0}
 .picture.wide{width:min(96vw,1900px);margin-left:calc(50% - min(48vw,950px))}
 .picture svg.case{width:100%;min-width:1000px;height:auto}
 .short{white-space:nowrap}
-.plot svg{max-width:100%;height:auto}
+.plot svg{width:100%;height:auto}
 code{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
 ol,ul{padding-left:22px;margin:0}li{margin:0 0 7px;max-width:48em}
 .tag{color:var(--quiet);font-size:12.5px}
@@ -113,7 +113,7 @@ def _verdict(evaluation: Evaluation, problems: Sequence[Problem]) -> str:
 
 def _facts(evaluation: Evaluation) -> str:
     journal, prior = evaluation.journal, evaluation.prior
-    bound, theta = next(iter(prior.quantiles.items()))
+    bound, theta = list(prior.quantiles.items())[-1]
     sign = "≥ " if prior.at_least else ""
     facts = [
         (f"{journal.demands:,}", "demands since the network was frozen"),
