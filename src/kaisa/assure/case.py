@@ -209,9 +209,8 @@ class Case:
                     yield Problem(node.name, f"{node.name} claims nothing: {figure.note}")
                 else:
                     sign = "at most" if figure.at_most else "at least"
-                    yield Problem(
-                        node.name, f"{node.name} is {figure.value:.6g}; it has to be {sign} {figure.target:g}"
-                    )
+                    found = f"{node.name} is {figure.value:.6g}; it has to be {sign} {figure.target:g}"
+                    yield Problem(node.name, f"{found} ({node.text})")
 
     def _open_defeaters(self) -> Iterator[Problem]:
         for node in self.nodes.values():

@@ -103,7 +103,8 @@ def _head(evaluation: Evaluation) -> str:
 
 def _verdict(evaluation: Evaluation, problems: Sequence[Problem]) -> str:
     count = len(evaluation.results)
-    claims = "the claim reaches its target" if count == 1 else f"all {count} claims reach their targets"
+    many = "both claims" if count == 2 else f"all {count} claims"
+    claims = "the claim reaches its target" if count == 1 else f"{many} reach their targets"
     if not problems:
         return f"<div class='card verdict'><b>The case holds:</b> {claims}, and the argument has no gap.</div>"
     items = "".join(f"<li>{escape(problem.text)}</li>" for problem in problems)
