@@ -34,7 +34,7 @@ from kaisa.recipes.record import describe_machine, describe_versions, find_commi
 
 TOKENS, POSITIONS = 1000, 128
 
-FLOAT = "float32"
+FLOAT, BFLOAT16 = "float32", "bfloat16 autocast"
 SIMULATED: dict[str, QuantConfig | None] = {
     FLOAT: None,
     "simulated qat": QuantConfig(mode="qat"),
@@ -62,7 +62,7 @@ def transformer(blocks: int, batch: int) -> Workload:
     def loss(model: nn.Module) -> Tensor:
         return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
-    ways = {FLOAT: None, **IN_INTEGERS, "simulated ptq": SIMULATED["simulated ptq"]}
+    ways = {FLOAT: None, BFLOAT16: None, **IN_INTEGERS, "simulated ptq": SIMULATED["simulated ptq"]}
     ways["simulated bhq"] = SIMULATED["simulated bhq"]
     return Workload(Gpt2(Width(blocks, 768, 12, 3072, TOKENS, POSITIONS)), loss, ways)
 
@@ -126,7 +126,9 @@ def measure(
             model = convert(workload.model) if config is None else prepare(workload.model, config)
             start = clock()
             optimizer.zero_grad()
-            workload.loss(model).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=way == BFLOAT16):
+                loss = workload.loss(model)
+            loss.backward()
             optimizer.step()
             if index:
                 seconds[way].append(clock() - start)
