@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 import kaisa
 from kaisa.assure.case_file import TEMPLATE, read_case_file
 from kaisa.assure.claims import confidence
+from kaisa.assure.exhibits import Exhibit, write_exhibit
 from kaisa.assure.prior import Prior
 from kaisa.cli import run
 from kaisa.errors import KaisaError
@@ -222,8 +224,25 @@ def test_changed_evidence_for_the_prior_is_refused(folder: Path, capsys: pytest.
     with_held_out(folder)
     assert run(["assure", "run", "case.toml"]) == 0
     write_records(folder / "held-out.csv", [False] * 1000, START - timedelta(days=30))
+    shutil.rmtree(folder / "case-case")
     assert run(["assure", "run", "case.toml"]) == 2
     assert "fixed before the first demand" in capsys.readouterr().err
+
+
+def test_evidence_that_changed_after_it_was_cited_is_refused_before_anything_is_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Exhibit("audit", "Labels were looked at", None, "by hand", "2026-01-01")
+    write_exhibit(folder / "audit.json", made)
+    (folder / "case.toml").write_text(CASE + '[[evidence]]\nfile = "audit.json"\nsupports = "data"\n')
+    assert run(["assure", "run", "case.toml"]) == 0
+    journal = (folder / "operation.journal").read_bytes()
+    write_records(folder / "operation.csv", [False] * 401)
+    write_exhibit(folder / "audit.json", replace(made, statement="Labels were looked at twice"))
+    for command in ("run", "report"):
+        assert run(["assure", command, "case.toml"]) == 2
+        assert "audit.json has changed since the case" in capsys.readouterr().err
+    assert (folder / "operation.journal").read_bytes() == journal
 
 
 def test_a_failure_without_a_floor_voids_the_claims_and_says_so(

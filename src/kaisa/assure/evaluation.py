@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kaisa.assure.case import Case, Figure, Node
+from kaisa.assure.case import Case, Figure, Node, read_case
 from kaisa.assure.case_file import STAGES, CaseFile, Evidence, Target
 from kaisa.assure.claims import Claim, ask
 from kaisa.assure.claims_planning import demands_needed, failures_borne
@@ -25,7 +25,7 @@ from kaisa.assure.exhibits import Exhibit, digest_bytes, digest_file, find_doubl
 from kaisa.assure.journal import Journal, append, open_journal
 from kaisa.assure.prior import Prior
 from kaisa.assure.records import Record, check_order, read_records
-from kaisa.errors import ConfigurationError, DataError
+from kaisa.errors import ConfigurationError, DataError, StateError
 
 CLAIMS, CASE = "claims.json", "case.json"
 COMMAND = "kaisa assure run"
@@ -106,6 +106,24 @@ def evaluate(file: CaseFile, *, now: datetime | None = None, count: bool = True)
         journal = append(journal, stream, now or datetime.now(UTC), file.frozen)
     results = tuple(_result(target, prior, journal) for target in file.targets)
     return Evaluation(file, prior, journal, tuple(exhibits), results)
+
+
+def refuse_changed_evidence(file: CaseFile, folder: Path) -> None:
+    """Refuse if evidence is not what the last case in a folder cited.
+
+    Raises:
+        StateError: a file has changed, or that case is damaged.
+    """
+    if not (folder / CASE).exists():
+        return
+    cited = {node.exhibit.file: node.exhibit.digest for node in read_case(folder / CASE).nodes.values() if node.exhibit}
+    for evidence in file.evidence:
+        name = evidence.file or evidence.records
+        if name in cited and cited[name] != digest_file(file.folder / name):
+            raise StateError(
+                f"the evidence {name} has changed since the case in {folder} cited it; restore it, or move that folder "
+                "away to argue anew"
+            )
 
 
 def build_prior(file: CaseFile, exhibits: Sequence[Exhibit]) -> Prior:

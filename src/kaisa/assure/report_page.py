@@ -251,7 +251,7 @@ def _evidence(case: Case) -> str:
     )
     return (
         "<h2>The evidence</h2><p>Every solution cites a file by its SHA-256. "
-        "<code>kaisa assure report</code> compares them again.</p><div class='card'><table><thead>"
+        "<code>kaisa assure report</code> refuses to go on if one has changed.</p><div class='card'><table><thead>"
         "<tr><th></th><th>What it shows</th><th>File and digest</th><th>Made by</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )

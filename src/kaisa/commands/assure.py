@@ -56,11 +56,11 @@ def run(
     Exit status 1 when a claim fails its target or the case has another problem.
     """
     from kaisa.assure.case_file import read_case_file
-    from kaisa.assure.evaluation import evaluate, write_results
+    from kaisa.assure.evaluation import evaluate, refuse_changed_evidence, write_results
 
-    known = read_case_file(file)
+    known, folder = read_case_file(file), output or _folder(file)
+    refuse_changed_evidence(known, folder)
     evaluation = evaluate(known)
-    folder = output or _folder(file)
     case = write_results(evaluation, folder)
     problems = case.problems(known.folder)
     console = Console(highlight=False)
@@ -83,16 +83,16 @@ def report(
     from kaisa.assure.case_drawing import draw_case
     from kaisa.assure.case_file import read_case_file
     from kaisa.assure.case_notations import WORDS, to_gsn2x, to_mermaid
-    from kaisa.assure.evaluation import evaluate, write_results
+    from kaisa.assure.evaluation import evaluate, refuse_changed_evidence, write_results
     from kaisa.assure.exhibits import replace_file
     from kaisa.assure.report_page import draw_page
 
     chosen = next((known for known in WORDS if known == notation), None)
     if chosen is None:
         raise ConfigurationError(f"unknown notation {notation!r}; choose from {', '.join(WORDS)}")
-    known = read_case_file(file)
+    known, folder = read_case_file(file), output or _folder(file)
+    refuse_changed_evidence(known, folder)
     evaluation = evaluate(known, count=False)
-    folder = output or _folder(file)
     case = write_results(evaluation, folder)
     problems = case.problems(known.folder)
     for name, text in (
