@@ -51,7 +51,8 @@ def race(
         raise ConfigurationError(f"unknown stage {stage!r}; choose from {', '.join(STAGES)}")
     console = Console(highlight=False)
     names = recipes or list(COURSES[size])
-    races = [Race.of(Ledger(output, size, find_course(name, size)), _entrants(contestants, console)) for name in names]
+    entrants = _entrants(contestants, console, must_run=stage is not None)
+    races = [Race.of(Ledger(output, size, find_course(name, size)), entrants) for name in names]
     if stage is not None:
         use_threads(threads)
         grounds = Grounds({IMAGES: images, MASKED_IMAGES: masks, TEXT: text}, device, cache)
@@ -67,15 +68,15 @@ def race(
     return 0
 
 
-def _entrants(names: list[str] | None, console: Console) -> list[Entrant]:
-    """Return those named, or all that are installed; say who is not."""
+def _entrants(names: list[str] | None, console: Console, *, must_run: bool) -> list[Entrant]:
+    """Return those named, or all; of those who must run all that are installed, and say who is not."""
     entrants = [find_entrant(name) for name in names or ENTRANTS]
-    absent = [entrant for entrant in entrants if not entrant.is_present]
+    absent = [entrant for entrant in entrants if not entrant.is_present] if must_run else []
     if absent and names:
         raise ConfigurationError(f"{absent[0].name} needs {absent[0].needs}, which is not installed")
     for entrant in absent:
         console.print(f"without {entrant.name}: {entrant.needs} is not installed", style="dim")
-    return [entrant for entrant in entrants if entrant.is_present]
+    return [entrant for entrant in entrants if entrant not in absent]
 
 
 def _tell(one: Race, heat: Result, console: Console) -> None:

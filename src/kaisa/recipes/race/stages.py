@@ -167,11 +167,17 @@ class Race:
         Raises:
             StateError: tuning is not through.
         """
-        rate = self.control_rate()
-        chosen = [(entrant, self.chosen(entrant)) for entrant in self.entrants]
-        missing = [entrant.name for entrant, setting in chosen if setting is None]
-        if rate is None or missing:
+        missing = [entrant.name for entrant in self.entrants if self.chosen(entrant) is None]
+        if missing:
             raise StateError(f"{self.course.recipe}: not tuned yet: {', '.join(missing)}; run --stage {TUNE} first")
+        return self.tuned()
+
+    def tuned(self) -> list[tuple[Entrant, float, int]]:
+        """Return those of the settings that are known by now."""
+        rate = self.control_rate()
+        if rate is None:
+            return []
+        chosen = [(entrant, self.chosen(entrant)) for entrant in self.entrants]
         others = [(entrant, *setting) for entrant, setting in chosen if setting is not None]
         return [(self.control, rate, self.course.steps), *others]
 

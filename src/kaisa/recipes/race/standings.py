@@ -61,7 +61,7 @@ def stand(race: Race) -> list[Standing]:
         return []
     found = [
         _standing(race, target, entrant, rate, steps, is_control=turn == 0)
-        for turn, (entrant, rate, steps) in enumerate(race.settings())
+        for turn, (entrant, rate, steps) in enumerate(race.tuned())
         if race.final(entrant, rate, steps)
     ]
     return found[:1] + sorted(found[1:], key=lambda one: (one.first.cpu_seconds, -one.reached))
