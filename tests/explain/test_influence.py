@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from kaisa.errors import ConfigurationError, DataError
 from kaisa.explain import Curvature, Examples, explain
 from kaisa.explain.influence import cross_entropy, sample_labels
 from kaisa.explain.quality import rank_correlation
+from kaisa.recipes.images import decode_image, list_classes, open_tree
 
 Model = nn.Sequential
 
@@ -334,6 +336,26 @@ def test_self_influence_finds_digits_with_wrong_labels(generator: torch.Generato
     corrected = curvature.moments(model, cross_entropy, examples, sample=sample_labels, generator=generator)
     for known in (curvature, corrected):
         assert area_under_curve(known.self_influence(model, cross_entropy, examples), is_bad) > 0.98
+
+
+@pytest.mark.slow
+def test_self_influence_finds_photographs_with_wrong_labels(real_data: Path, generator: torch.Generator) -> None:
+    archive, pictures = real_data / "cifar10-train.zip", []
+    with open_tree(archive) as tree:
+        members = list_classes(tree.names, archive)
+        for name in ("airplane", "frog"):
+            pictures += [decode_image(tree.read(member), member) for member in members[name][:500]]
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    labels, is_bad = mislabelled(torch.arange(2).repeat_interleave(500), 2, 0.05, generator)
+    examples = Examples((x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True), labels)
+    first = [nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]
+    last = [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 2)]
+    model = Model(*first, *last)
+    trained(model, examples, 12, generator)
+    curvature = Curvature.of(model, kfac.mean_factors(model, examples.inputs.split(200)))
+    corrected = curvature.moments(model, cross_entropy, examples, sample=sample_labels, generator=generator)
+    for known in (curvature, corrected):
+        assert area_under_curve(known.self_influence(model, cross_entropy, examples), is_bad) > 0.9
 
 
 def test_the_front_door_tells_the_strongest_examples(model: Model, examples: Examples) -> None:
