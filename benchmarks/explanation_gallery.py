@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, default=Path("docs/images/explanations"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/explanations.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/explanation_gallery.json"))
     parser.add_argument("--page", type=Path, help="a page of the comparison, too")
     parser.add_argument("--figures-only", action="store_true", help="no pictures")
     arguments = parser.parse_args()
