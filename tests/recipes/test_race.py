@@ -180,8 +180,8 @@ def values(heat: Heat) -> list[tuple[int, float]]:
 def test_a_heat_that_is_interleaved_with_others_is_the_heat_alone(name: str, lesson: Lesson) -> None:
     plans = [Plan(find_entrant(who), 0.01, 7, 0) for who in (name, "adamw", name)]
     alone, *together = [Heat.start(plan, COURSE, thin_tests(lesson, 10)) for plan in [plans[0], *plans]]
-    run_interleaved([alone])
-    run_interleaved(together)
+    assert [*run_interleaved([alone])] == [alone]
+    assert len([*run_interleaved(together)]) == 3
     assert values(together[0]) == values(alone) == values(together[2])
     assert [look.step for look in alone.looks] == [3, 6, 7]
     assert {heat.end for heat in together} == {"finished"}
@@ -193,20 +193,21 @@ def test_each_round_of_interleaved_heats_begins_with_another_one(lesson: Lesson,
     order = []
     advance = Heat.advance
     monkeypatch.setattr(Heat, "advance", lambda self: (order.append(heats.index(self)), advance(self)))
-    run_interleaved(heats)
+    ended = [heats.index(heat) for heat in run_interleaved(heats)]
+    assert ended == [0, 2, 1]
     assert order == [0, 1, 2, 2, 1]
 
 
 def test_a_value_that_is_no_number_ends_a_heat(lesson: Lesson) -> None:
     heat = Heat.start(Plan(find_entrant("sgd"), 1e30, 8, 0), COURSE, replace(lesson, task=REGRESSION))
-    run_interleaved([heat])
+    (heat,) = run_interleaved([heat])
     assert heat.end == "diverged"
     assert heat.looks[-1].step < 8
 
 
 def test_a_contestant_that_gives_up_ends_its_heat_and_not_the_race(lesson: Lesson) -> None:
     heat = Heat.start(Plan(find_entrant("sgd"), 0.1, 8, 0), COURSE, replace(lesson, build=_Broken))
-    run_interleaved([heat])
+    (heat,) = run_interleaved([heat])
     assert heat.end == "failed: the matrix is singular"
     assert not heat.looks
 

@@ -166,8 +166,8 @@ class Heat:
         self.driver.close()
 
 
-def run_interleaved(heats: Sequence[Heat]) -> None:
-    """Run heats to their ends in turns, a look at a time; each round begins with another one.
+def run_interleaved(heats: Sequence[Heat]) -> Iterator[Heat]:
+    """Run heats in turns, a look at a time, and yield each when it has ended; each round begins with another one.
 
     What slows the machine for a while slows all of them.
     """
@@ -176,6 +176,8 @@ def run_interleaved(heats: Sequence[Heat]) -> None:
         first = turn % len(under_way)
         for heat in under_way[first:] + under_way[:first]:
             heat.advance()
+            if heat.end is not None:
+                yield heat
         turn += 1
 
 

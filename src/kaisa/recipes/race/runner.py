@@ -113,10 +113,9 @@ def run(races: Sequence[Race], stage: str, grounds: Grounds, limit: int | None, 
             if not plans:
                 break
             heats = [_start(race, plan, grounds, warm) for plan in plans]
-            run_interleaved(heats)
-            for heat in heats:
+            for heat in run_interleaved(heats):
                 hear(race, race.ledger.write(heat, stage))
-            done += len(heats)
+                done += 1
     return done
 
 
