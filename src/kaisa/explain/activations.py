@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kaisa.curvature import outputs_of
 from kaisa.errors import ConfigurationError
-from kaisa.explain.modules import as_tensor, find_module
+from kaisa.explain.modules import find_module
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -36,7 +37,7 @@ def reaching(model: nn.Module, layer: str, arguments: Mapping[str, Any] | None =
     """
 
     def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(as_tensor(output))
+        raise _Reached(outputs_of(output))
 
     def activation(x: Tensor) -> Tensor:
         try:

@@ -163,7 +163,8 @@ class Hunt:
         self._trials: dict[Rule, int] = {}
         self._hits: dict[Rule, int] = {}
         free = torch.zeros(search.coverage_samples, domain.size, dtype=torch.bool)
-        self._present = domain.sample(free, generator)[0]
+        self._holds = domain.sample(free, generator)[0].T.contiguous().numpy()  # a row for each feature
+        self._covered: dict[Rule, float] = {}
         self.calls = 0
 
     def run(self) -> Found:
@@ -189,7 +190,9 @@ class Hunt:
 
     def coverage(self, rule: Rule) -> float:
         """Return the share of perturbations that the rule holds for."""
-        return float(self._present[:, list(rule)].all(1).double().mean())
+        if rule not in self._covered:
+            self._covered[rule] = float(np.logical_and.reduce(self._holds[list(rule)]).mean()) if rule else 1.0
+        return self._covered[rule]
 
     def _grown(self, beam: Sequence[Rule], covered: float) -> list[Rule]:
         """Return the beam's rules with one feature more, of those that say more and cover more than what is found."""
@@ -261,7 +264,7 @@ class Hunt:
         fixed = torch.zeros(len(rules), self._domain.size, dtype=torch.bool)
         for number, rule in enumerate(rules):
             fixed[number, list(rule)] = True
-        _, recipe = self._domain.sample(fixed.repeat_interleave(count, 0), self._generator)
+        recipe = self._domain.recipes(fixed, count, self._generator)
         self.calls += len(recipe)
         return self._domain.ask(self._agrees, recipe, self._batch_size).cpu(), recipe
 

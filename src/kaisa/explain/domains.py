@@ -64,6 +64,10 @@ class Domain(ABC):
         """Return the recipe of inputs in which just these features are present."""
         return present
 
+    def recipes(self, fixed: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw so many recipes for each row of ``fixed``, one row's after the other's."""
+        return self.sample(fixed.repeat_interleave(count, 0), generator)[1]
+
     def ask(self, score: Callable[[Batch], Tensor], recipe: Tensor, size: int) -> Tensor:
         """Return the scores of a recipe's inputs, made and scored batch by batch."""
         return torch.cat([score(self.build(part)) for part in recipe.split(size)])
@@ -167,18 +171,25 @@ class Predicates(Domain):
         self._feature = torch.tensor([predicate.feature for predicate in self._predicates], device=device)
         self._start = torch.tensor([predicate.start for predicate in self._predicates], device=device)
         self._stop = torch.tensor([predicate.stop for predicate in self._predicates], device=device)
+        self._low = table.columns[self._start, self._feature]
+        self._high = table.columns[self._stop - 1, self._feature]
 
     def sample(self, fixed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw training rows, and anew those fixed features that do not keep to their predicates."""
-        table, fixed = self._table, fixed.to(self._table.row.device)
-        rows = table.training[torch.randint(len(table.training), (len(fixed),), generator=generator).to(fixed.device)]
-        start, stop = self._ranges(fixed)
+        rows = self._drawn(*self._ranges(fixed), generator)
+        return self._present(rows).cpu(), rows
+
+    def recipes(self, fixed: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        start, stop = (edge.repeat_interleave(count, 0) for edge in self._ranges(fixed))
+        return self._drawn(start, stop, generator)
+
+    def _drawn(self, start: Tensor, stop: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw training rows, and anew those features that are not in their ranges [start, stop) of each column."""
+        table = self._table
+        rows = table.training[torch.randint(len(table.training), (len(start),), generator=generator).to(start.device)]
         chance = torch.rand(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
         drawn = table.columns.gather(0, (start + chance * (stop - start)).long().clamp(max=len(table.columns) - 1))
-        last = table.columns.gather(0, stop - 1)
-        keeps = (rows >= table.columns.gather(0, start)) & (rows <= last)
-        rows = torch.where(keeps, rows, drawn)
-        return self._present(rows).cpu(), rows
+        keeps = (rows >= table.columns.gather(0, start)) & (rows <= table.columns.gather(0, stop - 1))
+        return torch.where(keeps, rows, drawn)
 
     def build(self, recipe: Tensor) -> Batch:
         return recipe.to(self._like)
@@ -190,6 +201,7 @@ class Predicates(Domain):
 
     def _ranges(self, fixed: Tensor) -> tuple[Tensor, Tensor]:
         """Return the places [start, stop) of each column that the fixed predicates leave."""
+        fixed = fixed.to(self._table.row.device)
         shape = (len(fixed), self._table.row.numel())
         feature = self._feature.expand(len(fixed), -1)
         start = torch.zeros(shape, dtype=torch.long, device=fixed.device)
@@ -199,10 +211,8 @@ class Predicates(Domain):
         return start, stop
 
     def _present(self, rows: Tensor) -> Tensor:
-        low = self._table.columns[self._start, self._feature]
-        high = self._table.columns[self._stop - 1, self._feature]
         values = rows[:, self._feature]
-        return (values >= low) & (values <= high)
+        return (values >= self._low) & (values <= self._high)
 
 
 def groups_of(subject: Subject, segments: Any = "slic", hide: Any = None) -> Groups:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kaisa.curvature import outputs_of
 from kaisa.errors import ConfigurationError
-from kaisa.explain.modules import as_tensor
 from kaisa.explain.needs import load
 from kaisa.explain.registry import method
 from kaisa.explain.subject import Outcome, Subject
@@ -123,7 +123,7 @@ class Differentiable(nn.Module):
         """Return the embeddings of tokens."""
         assert self._embedding is not None
         with torch.no_grad():
-            return as_tensor(self._embedding(tokens.to(self._subject.device))).detach()
+            return outputs_of(self._embedding(tokens.to(self._subject.device))).detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
         assert self._subject.target is not None

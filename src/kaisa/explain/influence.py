@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kaisa import curvature
-from kaisa.curvature import Matrices, Score, example_gradients
+from kaisa.curvature import Matrices, Score, example_gradients, outputs_of
 from kaisa.errors import ConfigurationError, DataError
-from kaisa.explain.modules import as_tensor, undisturbed
+from kaisa.explain.modules import undisturbed
 from kaisa.explain.registry import method
 from kaisa.explain.subject import Outcome, Subject
 
@@ -268,7 +268,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    return as_tensor(model(inputs))
+    return outputs_of(model(inputs))
 
 
 def _checked(damping: float) -> float:

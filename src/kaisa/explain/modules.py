@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kaisa.curvature import outputs_of
 from kaisa.errors import ConfigurationError
 
 HOOKS = (
@@ -98,7 +99,7 @@ class Capture:
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
         if not isinstance(first, Tensor):
-            self.outputs.append(as_tensor(output))
+            self.outputs.append(outputs_of(output))
             return output
         self.outputs.append(_differentiable(first))
         return _with_first(output, self.outputs[-1].clone())
@@ -116,23 +117,6 @@ class Capture:
                 "name a layer that is"
             )
         return self.outputs[-1]
-
-
-def as_tensor(output: Any) -> Tensor:
-    """Return the tensor in what a module gives: itself, the `logits` of a record, or the first of several.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    for candidate in (output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)):
-        if isinstance(candidate, Tensor):
-            return candidate
-    items = list(output.values()) if isinstance(output, dict) else output
-    if isinstance(items, tuple | list) and items:
-        return as_tensor(items[0])
-    raise ConfigurationError(
-        f"the model gives {type(output).__name__}; expected a tensor, a record with logits or a tuple"
-    )
 
 
 def sensible_layer(model: nn.Module, score: Callable[[], Tensor]) -> str:

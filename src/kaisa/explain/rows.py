@@ -60,10 +60,8 @@ class Table:
         if not categories <= set(range(count)):
             raise ConfigurationError(f"categorical is {sorted(categories)}; expected places of the {count} features")
         quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=row.device)
-        edges = tuple(
-            None if feature in categories else torch.quantile(rows[:, feature], quarters).unique()
-            for feature in range(count)
-        )
+        quartiles = torch.quantile(rows, quarters, dim=0)
+        edges = tuple(None if feature in categories else quartiles[:, feature].unique() for feature in range(count))
         columns = torch.cat([rows, row.double()[None]]).sort(dim=0).values
         return cls(row.double(), columns, rows, edges, names or tuple(f"x{index}" for index in range(count)))
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kaisa.curvature import outputs_of
 from kaisa.errors import ConfigurationError, DataError
-from kaisa.explain.modules import as_tensor, device_of
+from kaisa.explain.modules import device_of
 from kaisa.explain.targets import Target, TargetLike
 
 KINDS = ("images", "rows", "texts", "tokens", "tensor", "none")
@@ -143,7 +144,7 @@ class Subject:
         arguments = dict(self.arguments)
         if len(self.inputs) == 1 != len(batch):
             arguments = self._expanded(len(batch))
-        return as_tensor(self.model(batch.to(self.device), **arguments))
+        return outputs_of(self.model(batch.to(self.device), **arguments))
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
@@ -175,7 +176,7 @@ class Subject:
         outputs = self.function(given, **self.arguments)
         if isinstance(outputs, list | tuple | np.ndarray):
             outputs = torch.as_tensor(np.asarray(outputs))
-        outputs = as_tensor(outputs)
+        outputs = outputs_of(outputs)
         return outputs if outputs.is_floating_point() else outputs.double()
 
     def _arguments(self, count: int, rows: slice) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def _explained(
     columns = select(rows, scores, weights, features)
     result = fit(rows[:, columns], scores, weights, 1e-3 * float(weights.sum()) if alpha is None else alpha)
     terms = [*((feature,) for feature in range(domain.size)), *extra] if include or not extra else list(extra)
-    values = torch.zeros(domain.size, dtype=torch.float64)
+    values = [0.0] * domain.size
     told = []
     for column, coefficient in zip(columns, result.coefficients.tolist(), strict=True):
         for feature in terms[column]:
@@ -265,7 +265,7 @@ def _explained(
         told.append([list(terms[column]), coefficient])
     told.sort(key=lambda term: -abs(term[1]))
     return (
-        values,
+        torch.tensor(values, dtype=torch.float64),
         {"intercept": result.intercept, "prediction": result.prediction, "terms": told, "names": list(domain.names)},
         result.r2,
     )
