@@ -203,3 +203,23 @@ def test_a_uniform_patch_is_hidden_by_the_mean_of_the_image_and_not_by_its_own()
     blind = explain(ask, image, "kernelshap", segments=quarters, hide="own mean").details["inputs"][0]["shapley_values"]
     assert shown == pytest.approx([0, 0, 0, 0.75], abs=1e-6)
     assert blind == pytest.approx([0, 0, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-3, 5.0])
+def test_the_weighted_fit_is_that_of_scikit_learn(alpha: float) -> None:
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    rows = torch.randint(2, (200, 6)).double()
+    scores = rows @ torch.randn(6, dtype=torch.float64) + 0.3 * torch.randn(200, dtype=torch.float64)
+    weights = torch.rand(200, dtype=torch.float64)
+    theirs = linear.Ridge(alpha=alpha).fit(rows.numpy(), scores.numpy(), sample_weight=weights.numpy())
+    found = surrogates.fit(rows, scores, weights, alpha)
+    assert np.allclose(found.coefficients, theirs.coef_, rtol=1e-8)
+    assert found.intercept == pytest.approx(theirs.intercept_, rel=1e-8)
+    assert found.r2 == pytest.approx(theirs.score(rows.numpy(), scores.numpy(), weights.numpy()), rel=1e-8)
+    assert found.prediction == pytest.approx(theirs.predict(rows[:1].numpy())[0], rel=1e-8)
+
+
+def test_without_a_penalty_columns_that_say_the_same_share_what_they_say() -> None:
+    column = torch.randint(2, (50, 1)).double()
+    found = surrogates.fit(torch.cat((column, column), 1), 4 * column[:, 0], torch.ones(50, dtype=torch.float64), 0.0)
+    assert np.allclose(found.coefficients, [2.0, 2.0])

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from kaisa.errors import ConfigurationError
 from kaisa.explain.domains import Bins, Domain, ThinnedTexts, groups_of, kind_of, stacked
-from kaisa.explain.needs import load
 from kaisa.explain.registry import method
 from kaisa.explain.rows import Table
 from kaisa.explain.subject import Outcome, Subject
@@ -152,16 +151,30 @@ def design(present: Tensor, combined: Combinations, include_features: bool = Tru
 
 
 def fit(rows: Tensor, scores: Tensor, weights: Tensor, alpha: float) -> Fit:
-    """Fit scores by rows in weighted ridge regression; the intercept costs nothing."""
-    linear = load("sklearn.linear_model", "a linear model of samples")
+    """Fit scores by rows in weighted ridge regression; the intercept costs nothing.
+
+    What scikit-learn's Ridge finds, by one product of the rows with themselves: the rows are many and narrow.
+    """
     u, y, w = rows.numpy(), scores.numpy(), weights.numpy()
-    model = linear.Ridge(alpha=alpha).fit(u, y, sample_weight=w)
-    guessed = model.predict(u)
-    mean = np.average(y, weights=w)
-    total = float(np.sum(w * (y - mean) ** 2))
-    left = float(np.sum(w * (y - guessed) ** 2))
-    r2 = 1 - left / total if total > 0 else 1.0
-    return Fit(float(model.intercept_), np.asarray(model.coef_), r2, float(guessed[0]))
+    total = w.sum()
+    weighted = u * w[:, None]
+    mean_u, mean = weighted.sum(0) / total, float(w @ y) / total
+    gram = weighted.T @ u - total * np.outer(mean_u, mean_u)
+    pull = weighted.T @ y - total * mean * mean_u
+    coefficients = (
+        np.linalg.solve(gram + alpha * np.eye(len(gram)), pull) if alpha > 0 else _least(u, y, w, mean_u, mean)
+    )
+    intercept = mean - float(mean_u @ coefficients)
+    guessed = u @ coefficients + intercept
+    spread = float(w @ (y - mean) ** 2)
+    r2 = 1 - float(w @ (y - guessed) ** 2) / spread if spread > 0 else 1.0
+    return Fit(intercept, coefficients, r2, float(guessed[0]))
+
+
+def _least(u: Array, y: Array, w: Array, mean_u: Array, mean: float) -> Array:
+    """Return the shortest of the best coefficients, where nothing tells them apart."""
+    root = np.sqrt(w)
+    return np.asarray(np.linalg.lstsq((u - mean_u) * root[:, None], (y - mean) * root, rcond=None)[0])
 
 
 def select(rows: Tensor, scores: Tensor, weights: Tensor, count: int | None) -> list[int]:
@@ -255,7 +268,8 @@ def _explained(
     if combined is not None and combined.extended_distance:
         weights = kernel(domain.distances(rows.bool()), width)
     columns = select(rows, scores, weights, features)
-    result = fit(rows[:, columns], scores, weights, 1e-3 * float(weights.sum()) if alpha is None else alpha)
+    kept = rows if len(columns) == rows.shape[1] else rows[:, columns]
+    result = fit(kept, scores, weights, 1e-3 * float(weights.sum()) if alpha is None else alpha)
     terms = [*((feature,) for feature in range(domain.size)), *extra] if include or not extra else list(extra)
     values = [0.0] * domain.size
     told = []
