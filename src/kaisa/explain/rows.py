@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,10 +60,14 @@ class Table:
         categories = {int(index) for index in categorical}
         if not categories <= set(range(count)):
             raise ConfigurationError(f"categorical is {sorted(categories)}; expected places of the {count} features")
-        quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=row.device)
-        quartiles = torch.quantile(rows, quarters, dim=0)
-        edges = tuple(None if feature in categories else quartiles[:, feature].unique() for feature in range(count))
-        columns = torch.cat([rows, row.double()[None]]).sort(dim=0).values
+        by_feature = rows.T.cpu().contiguous().numpy()  # NumPy sorts ten times as fast as PyTorch
+        quartiles = np.quantile(by_feature, [0.25, 0.5, 0.75], axis=1).T
+        edges = tuple(
+            None if feature in categories else torch.from_numpy(np.unique(quartiles[feature])).to(row.device)
+            for feature in range(count)
+        )
+        with_row = np.sort(np.concatenate([by_feature, row.double().cpu().numpy()[:, None]], 1), axis=1)
+        columns = torch.from_numpy(with_row.T.copy()).to(row.device)
         return cls(row.double(), columns, rows, edges, names or tuple(f"x{index}" for index in range(count)))
 
     def independent(self, count: int, generator: torch.Generator) -> Tensor:
