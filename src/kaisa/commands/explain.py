@@ -77,7 +77,7 @@ def explain(
     answer.save(out)
     console = Console(highlight=False)
     console.print(str(answer) if isinstance(answer, Comparison) else _told(answer, source.classes), markup=False)
-    console.print(f"written to {out}", markup=False)
+    console.print(f"written to {out}", markup=False, soft_wrap=True)
     return 0
 
 

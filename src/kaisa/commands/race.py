@@ -62,7 +62,7 @@ def race(
         console.print(f"{count} heats")
     if draw:
         for path in draw_standings(races, output / size):
-            console.print(str(path))
+            console.print(str(path), markup=False, soft_wrap=True)
     elif stage is None:
         console.print(write_table(races), markup=False, soft_wrap=True)
     return 0
