@@ -118,7 +118,7 @@ BAD = {
     "a class folder without images": (["--data", "hollow"], "class folder without images: fox"),
     "an unreadable image": (["--data", "broken"], "unreadable image: broken/dog/0001.png"),
     "images of two sizes": (["--data", "mixed"], "give --image-size to resize"),
-    "an unknown model": (["--model", "vgg"], "unknown model 'vgg'; choose from mlp, cnn, resnet20"),
+    "an unknown model": (["--model", "vgg"], "unknown model 'vgg'; choose from mlp, cnn, resnet8, resnet20"),
     "an unknown optimizer": (["--optimizer", "lion"], "unknown optimizer 'lion'"),
     "an optimizer behind something else": (["--optimizer", "arsg+adam"], "only +kfac may follow"),
     "AdaHessian behind K-FAC": (["--optimizer", "adahessian+kfac"], "would divide by the curvature twice; give"),
@@ -271,4 +271,4 @@ def test_every_option_of_the_command_is_explained(capfd: pytest.CaptureFixture[s
     assert run(["train", "--help"]) == 0
     said = " ".join(capfd.readouterr().out.replace("│", " ").split())
     assert "--factor-update-steps" in said
-    assert "unet, gpt, bert [digits; with --data: resnet]" in said
+    assert "unet, gpt, bert, maskrcnn [digits; with --data: resnet]" in said
