@@ -146,7 +146,10 @@ def design(present: Tensor, combined: Combinations, include_features: bool = Tru
     columns = [present] if include_features or not combined else []
     for span in sorted({len(combination) for combination in combined}):
         index = torch.tensor([combination for combination in combined if len(combination) == span])
-        columns.append(present[:, index].all(-1))
+        together = present[:, index[:, 0]]
+        for place in range(1, span):
+            together &= present[:, index[:, place]]
+        columns.append(together)
     return torch.cat(columns, 1).double()
 
 
