@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kaisa.curvature import outputs_of
 from kaisa.errors import ConfigurationError
+from kaisa.modes import evaluating
 
 HOOKS = (
     "_forward_hooks",
@@ -38,20 +39,16 @@ def undisturbed(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [(module, name, OrderedDict(getattr(module, name, ()))) for module in model.modules() for name in HOOKS]
     full = [(module, getattr(module, "_is_full_backward_hook", None)) for module in model.modules()]
     parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        model.eval()
         for parameter, _, _ in parameters:
             parameter.grad = None
-        with _recurrent_gradients(model):
+        with evaluating(model), _recurrent_gradients(model):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for module, name, kept in hooks:
             _restore_hooks(module, name, kept)
         for module, is_full in full:

@@ -26,6 +26,7 @@ from kaisa.kfac.coverage import discover, unwrapped
 from kaisa.kfac.factors import Factors, Label, Statistics
 from kaisa.kfac.fisher import Fisher
 from kaisa.kfac.layers import Layer, LayerOptions
+from kaisa.modes import evaluating
 
 SummedLoss = Callable[[Tensor, Any], Tensor]
 """Outputs and targets of a batch to the loss summed over its examples."""
@@ -88,7 +89,6 @@ def mean_factors(
 def _captured(
     model: nn.Module, layers: list[Layer], dtype: torch.dtype | None, seed: int, *, is_sampled: bool
 ) -> Iterator[Capture]:
-    modes = {module: module.training for module in model.modules()}
     capture = Capture(
         model,
         layers,
@@ -103,14 +103,11 @@ def _captured(
     if is_sampled:
         capture.expect_sampled()
     capture.active = True
-    model.eval()
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield capture
     finally:
         capture.close()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _differentiate(

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kaisa.assure.evidence.held_out import check_belief
-from kaisa.assure.evidence.posterior import Posterior, evaluating
+from kaisa.assure.evidence.posterior import Posterior
 from kaisa.curvature import Curvature, KroneckerPair, as_matrices, matrix_of, outputs_of
 from kaisa.errors import ConfigurationError, DataError
+from kaisa.modes import evaluating
 
 PRIOR_VARIANCES = tuple(10.0 ** (-k / 2) for k in range(9))  # σ² from 1 to 1e-4
 TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

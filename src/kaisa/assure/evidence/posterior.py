@@ -16,8 +16,7 @@ posterior says how large a share of the parameters it covers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +36,7 @@ from kaisa.curvature import (
     outputs_of,
 )
 from kaisa.errors import ConfigurationError
+from kaisa.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -254,18 +254,6 @@ class Posterior:
 
     def _squared_means(self) -> float:
         return sum(float(mean.double().square().sum()) for mean in self.means.values())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode for a while."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _logit(index: int, outputs: Tensor, _: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kaisa.assure.evidence.held_out import check_belief, lower_bound
-from kaisa.assure.evidence.posterior import evaluating
 from kaisa.curvature import outputs_of
 from kaisa.errors import ConfigurationError, DataError
+from kaisa.modes import evaluating
 
 Interval = tuple[Tensor, Tensor]  # centre and radius, elementwise
 
