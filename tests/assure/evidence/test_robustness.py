@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kaisa.assure.evidence.held_out import lower_bound
-from kaisa.assure.evidence.robustness import _chain, _margins, certify_robustness, search_robustness
+from kaisa.assure.evidence.robustness import _chain, _margins, _through, certify_robustness, search_robustness
 from kaisa.errors import ConfigurationError, DataError
 
 
@@ -29,6 +29,18 @@ def test_of_a_linear_model_the_certificate_is_exact() -> None:
         others[:, y[index]] = -torch.inf
         least = (logits[:, y[index]] - others.amax(-1)).min()
         assert found[index] == pytest.approx(least.item(), abs=1e-12)
+
+
+def test_of_normalisation_and_of_single_layers_the_bounds_are_those_of_the_corners() -> None:
+    norm = nn.BatchNorm1d(4).double()
+    norm(3 * torch.randn(50, 4, dtype=torch.float64))  # so that it has seen something
+    norm.weight.data = torch.tensor([1.5, -0.7, -2.0, 0.3], dtype=torch.float64)
+    for layer in (norm.eval(), nn.Linear(4, 3).double(), nn.Tanh(), nn.LeakyReLU()):
+        x = torch.randn(1, 4, dtype=torch.float64)
+        centre, spread = _through(layer, (x, torch.full_like(x, 0.3)))
+        reached = layer(corners(x, 0.3))
+        assert torch.allclose(centre - spread, reached.amin(0, keepdim=True), rtol=1e-12)
+        assert torch.allclose(centre + spread, reached.amax(0, keepdim=True), rtol=1e-12)
 
 
 NETWORKS = {

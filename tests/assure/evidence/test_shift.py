@@ -45,7 +45,9 @@ def test_features_of_one_profile_seldom_differ_and_of_two_surely() -> None:
         for seed in range(60)
     )
     assert alarms <= 9  # 3 are expected; 10 or more have a chance below 1e-3
-    assert compare_features(torch.randn(60, 3), torch.randn(60, 3) + 1).has_shifted
+    apart = compare_features(torch.randn(60, 3), torch.randn(60, 3) + 1)
+    assert apart.has_shifted
+    assert apart.p_value == 1 / 501  # none of 500 permutations is as far apart, and the sample itself is
     assert compare_features(torch.randn(80, 3), 2.5 * torch.randn(80, 3)).has_shifted
 
 
