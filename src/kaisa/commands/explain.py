@@ -19,6 +19,8 @@ from kaisa.explain import Comparison, Curvature, Examples, Explanation, compare,
 from kaisa.explain import explain as explained
 from kaisa.explain.influence import cross_entropy, sample_labels
 from kaisa.kfac import LayerOptions, mean_factors
+from kaisa.recipes.catalogue import IMAGES
+from kaisa.recipes.data import ImageData
 from kaisa.recipes.programs import SUFFIX, Program, read_program
 from kaisa.recipes.trained import Trained, as_inputs, read_image, read_trained
 
@@ -104,7 +106,7 @@ class Source:
         if numbers:
             if self.run is None:
                 raise DataError(f"input {numbers[0]} is a number, which only a run has images for; give an image file")
-            tests = as_inputs(self.run.read_data().test)
+            tests = as_inputs(_images(self.run).test)
             _check_numbers(numbers, len(tests))
         found = [
             tests[int(name)][None] if tests is not None and name in numbers else self._image(name) for name in inputs
@@ -185,7 +187,7 @@ class Question:
         """Make the factors and their correction over some of the images that the run has learned from."""
         if source.run is None:
             raise ConfigurationError("influence needs the training images; give the folder of a run")
-        images = source.run.read_data().train
+        images = _images(source.run).train
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.randperm(len(images), generator=generator)[: self.examples]
         training = Examples(as_inputs(images)[rows], images.labels[rows])
@@ -199,8 +201,16 @@ class Question:
         return {"training": training, "curvature": curvature}
 
 
+def _images(run: Trained) -> ImageData:
+    data = run.read_data()
+    assert isinstance(data, ImageData)  # the run's kind has seen to it
+    return data
+
+
 def _read_run(path: Path) -> Source:
     trained = read_trained(path)
+    if trained.kind != IMAGES:
+        raise ConfigurationError(f"the run is of {trained.kind}; classifiers of images can be explained so far")
     return Source(trained.model, trained.shape, trained.classes, trained)
 
 
