@@ -100,6 +100,10 @@ SYSTEMS = [
 ]
 OFTEN_FAILED = OldSystem(0.02, 0.6, 0.95, 200, 12, 0.015)
 SYSTEMS += [(OFTEN_FAILED, 150, 1), (OldSystem(0.02, 0.95, 0.6, 200, 12, 0.015), 150, 1)]
+SYSTEMS += [
+    (OldSystem(0.02, 0.9, 0.8, n_a, k_a, 0.015), n_b, k_b)
+    for n_a, k_a, n_b, k_b in ((60, 0, 40, 2), (20, 0, 15, 2), (10, 2, 30, 0), (10, 2, 20, 3))
+]
 
 
 @pytest.mark.parametrize(("old", "demands", "failures"), SYSTEMS)

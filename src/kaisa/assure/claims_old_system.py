@@ -14,8 +14,7 @@ With L(x_A, x_B) = x_A^k_A (1 − x_A)^(n_A − k_A) · x_B^k_B (1 − x_B)^(n_B
 
 and is monotone in s: bad over good is B(0)/s + constant. So the worst s is one of the two ends, the lower one unless A
 has failed. ln L is concave: its minimum over the triangle of the good is at a corner, and its maxima where the rates of
-failure are, pushed over p; where they contradict X_B ≤ X_A or X_B > X_A, at one rate of both. Without any failure and
-without a floor
+failure are, pushed into the region; where they contradict X_B ≤ X_A, at one rate of both. Without any failure and floor
 
     c = g / (g + u + w)     g = (θ + φ − 1)(1 − ε)^(n_A + n_B)    B good, and A good
                             u = (1 − φ)(1 − p)^n_B                A perfect, B just worse than p
@@ -151,7 +150,10 @@ def _worst_points(p: float, old: OldSystem, seen: _Seen) -> Sequence[Pair]:
         good,
         (below, of_new),
         (beyond, of_new) if of_new <= beyond else both,
-        (above, of_new) if above <= of_new else both,
+        (
+            above,
+            of_new,
+        ),  # of the least s where A's rate is beyond B's: the third is as likely then, and the fourth empty
     )
 
 
