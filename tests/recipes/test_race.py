@@ -118,6 +118,35 @@ def test_a_rate_that_reaches_the_target_sooner_is_chosen_before_one_that_ends_be
     assert race.chosen(ours) == (middle, 4)
 
 
+def test_a_heat_of_tuning_ends_where_it_shows_the_target_but_not_those_that_set_it(race: Race) -> None:
+    ours, control = find_entrant("eigen on sgd"), race.control
+    assert race.enough(Plan(ours, 0.1, 4, TUNING_SEED), TUNE) is None  # nothing to reach yet
+    tune(race, {entrant.name: COURSE.grid(entrant)[0] for entrant in ENTRANTS_HERE})
+    target = race.target()
+    decided = race.enough(Plan(ours, 0.1, 4, TUNING_SEED), TUNE)
+    assert target is not None
+    assert decided is not None
+    assert [decided(target - 1e-6), decided(target)] == [False, True]
+    assert race.enough(Plan(control, 0.1, 4, TUNING_SEED), TUNE) is not None
+    assert race.enough(Plan(control, 0.1, 8, TUNING_SEED), TUNE) is None
+    assert race.enough(Plan(ours, 0.1, 4, 0), FINAL) is None
+
+
+def test_a_heat_that_may_end_ends_at_the_first_look_that_is_enough(lesson: Lesson) -> None:
+    plan = Plan(find_entrant("sgd"), 0.01, 8, 0)
+    (whole,) = run_interleaved([Heat.start(plan, COURSE, lesson)])
+    values = [look.value for look in whole.looks]
+    (heat,) = run_interleaved([Heat.start(plan, COURSE, lesson, lambda value: value == values[1])])
+    assert (heat.end, [look.step for look in heat.looks]) == ("reached", [3, 6] if values[0] != values[1] else [3])
+
+
+def test_kfac_pytorch_has_the_options_of_ours_that_it_knows() -> None:
+    course = find_course("resnet", "small")
+    ours, theirs = (course.preconditioning(find_entrant(f"{name} on sgd")) for name in ("eigen", "kfac-pytorch"))
+    assert ours == {**theirs, "sharing": "reduce"}
+    assert set(theirs) == {"factor_update_steps", "inv_update_steps", "damping", "kl_clip"}
+
+
 def test_finals_before_tuning_are_refused(race: Race) -> None:
     with pytest.raises(StateError, match="resnet: not tuned yet: sgd, adamw, eigen on sgd; run --stage tune first"):
         next(race.due(FINAL))
@@ -234,6 +263,7 @@ def test_tests_of_images_with_masks_may_be_cut_to_a_corner(lesson: Lesson) -> No
     assert cut_masks.shape == (1, 4, 4)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # kfac-pytorch's
 @pytest.mark.parametrize("entrant", [one for one in ENTRANTS.values() if one.is_present], ids=lambda one: one.name)
 def test_every_contestant_that_is_there_learns(entrant: Entrant, lesson: Lesson) -> None:
     course = find_course("resnet", "small")

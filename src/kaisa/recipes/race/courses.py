@@ -1,6 +1,6 @@
 """Where is raced: for each recipe and size the model, the data and how long, frozen before anybody runs.
 
-small     minutes on one core: short schedules, narrow models, small images
+small     a quarter of a minute of one core: short schedules, narrow models, small images
 full      the published shapes, for a GPU
 """
 
@@ -30,7 +30,8 @@ class Course:
         test_side: height and width of what is tested on of each image with a mask; None for the whole.
         control: the recipe's usual first-order optimizer, which sets the target.
         rates: the middle of the grid by optimizer or contestant, where it is not the usual one.
-        kfac: options of our K-FAC by contestant, on top of `KFAC`; "" is for all.
+        kfac: options of K-FAC by contestant, on top of `KFAC`; "" is for all, kfac-pytorch included as far as it
+            knows them.
         short: the share of the steps in K-FAC's schedule.
     """
 
@@ -56,12 +57,13 @@ class Course:
         """Return the options of K-FAC that a contestant has here."""
         if entrant.kfac is None:
             return {}
-        usual = KFAC if entrant.kfac == "ours" else KFAC_PYTORCH
-        return {**usual, **(self.kfac.get("", {}) if entrant.kfac == "ours" else {}), **self.kfac.get(entrant.name, {})}
+        shared = {**KFAC, **self.kfac.get("", {})}
+        if entrant.kfac != "ours":
+            shared = {name: value for name, value in shared.items() if name in KFAC}  # what kfac-pytorch knows too
+        return {**shared, **self.kfac.get(entrant.name, {})}
 
 
 KFAC: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damping": 0.003, "kl_clip": 0.001}
-KFAC_PYTORCH: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damping": 0.003, "kl_clip": 0.001}
 EARLY: dict[str, Any] = {"factor_update_steps": (1, 10), "inv_update_steps": (2, 50)}
 """Growing intervals, from the first of the two to the last: see `kaisa.recipes.race.entrants.growing`."""
 
@@ -83,42 +85,40 @@ RATES: dict[str, float] = {
 _SMALL = {
     "resnet": Course(
         "resnet",
-        {"model": "resnet8", "image_size": 16, "batch_size": 128, "augment": True},
-        steps=100,
-        look_every=4,
-        tests=1000,
+        {"model": "resnet8", "image_size": 16, "batch_size": 256, "augment": True},
+        steps=200,
+        look_every=8,
+        tests=2000,
         control="sgd",
-        kfac={"": {"factor_update_steps": (1, 10), "inv_update_steps": 5, "sharing": "reduce"}},
+        kfac={"": {"factor_update_steps": (1, 10), "inv_update_steps": (5, 50), "sharing": "reduce"}},
     ),
     "unet": Course(
         "unet",
-        {"model": "unet4", "crop": 48, "batch_size": 8, "augment": True},
+        {"model": "unet4", "crop": 96, "batch_size": 8, "augment": True},
         steps=200,
-        look_every=5,
+        look_every=8,
         tests=6,
-        test_side=128,
+        test_side=256,
         control="adamw",
         rates={"adamw": 0.01},
-        kfac={"": {"factor_update_steps": (5, 10), "inv_update_steps": (5, 10)}},
+        kfac={"": {"factor_update_steps": (5, 10), "inv_update_steps": (5, 50)}},
     ),
     "gpt": Course(
         "gpt",
-        {"model": "gpt-nano", "positions": 64, "batch_size": 32},
-        steps=120,
-        look_every=4,
-        tests=96,
+        {"model": "gpt-nano", "positions": 64, "batch_size": 64},
+        steps=240,
+        look_every=8,
+        tests=192,
         control="adamw",
-        rates={"sgd": 0.3, **{f"{solver} on sgd": 0.1 for solver in ("eigen", "ekfac", "warm_eigen", "cholesky")}},
         kfac={"": {**EARLY, "damping": 0.03, "kl_clip": 0.0003}},
     ),
     "bert": Course(
         "bert",
-        {"model": "bert-nano", "positions": 32, "batch_size": 64},
-        steps=120,
-        look_every=4,
-        tests=256,
+        {"model": "bert-nano", "positions": 32, "batch_size": 256},
+        steps=200,
+        look_every=8,
+        tests=512,
         control="adamw",
-        rates={"sgd": 0.3},
         kfac={"": {**EARLY, "damping": 0.03}},
     ),
 }

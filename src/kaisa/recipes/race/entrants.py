@@ -239,6 +239,7 @@ def growing(first: int, last: int) -> Callable[[int], int]:
 
 
 def _interval(value: Any) -> Any:
+    """Return an option, or the growing interval that a pair of steps stands for."""
     return growing(*value) if isinstance(value, list | tuple) else value
 
 
@@ -246,9 +247,7 @@ def _ours(
     entrant: Entrant, driver: Driver, options: Mapping[str, Any], loss_terms: int | None, seed: int
 ) -> kaisa.KFACPreconditioner:
     solver = SOLVERS[str(options.get("solver", entrant.solver))]()
-    given = {name: value for name, value in options.items() if name not in ("solver", "graft")}
-    for name in ("factor_update_steps", "inv_update_steps"):
-        given[name] = _interval(given[name])
+    given = {name: _interval(value) for name, value in options.items() if name not in ("solver", "graft")}
     if isinstance(solver, EKFAC) and solver.root:
         given["kl_clip"] = None  # its steps have Adam's length already
     elif options.get("graft"):
@@ -262,4 +261,5 @@ def _kfac_pytorch(driver: Driver, options: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # apex is not there
         preconditioner = importlib.import_module("kfac.preconditioner").KFACPreconditioner
-    return preconditioner(driver.model, lr=lambda step: driver.rate, **options)
+    given = {name: _interval(value) for name, value in options.items()}
+    return preconditioner(driver.model, lr=lambda step: driver.rate, **given)

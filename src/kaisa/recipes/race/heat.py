@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -101,6 +101,7 @@ class Heat:
 
     Attributes:
         plan: who runs how.
+        ends_at: tells of a value whether the heat may end there; None to go on to the last step.
         end: "finished", or why it ended before; None before that.
         looks: so far.
     """
@@ -111,18 +112,19 @@ class Heat:
     driver: Driver
     watch: Stopwatch
     batches: Iterator[Example]
+    ends_at: Callable[[float], bool] | None = None
     end: str | None = None
     looks: list[Look] = field(default_factory=list)
 
     @classmethod
-    def start(cls, plan: Plan, course: Course, lesson: Lesson) -> Heat:
+    def start(cls, plan: Plan, course: Course, lesson: Lesson, ends_at: Callable[[float], bool] | None = None) -> Heat:
         """Build the model, with the weights of the plan's seed, and what trains it."""
         torch.manual_seed(plan.seed)
         model = lesson.build().to(lesson.batches.device)
         driver = Driver.start(
             plan.entrant, model, course.preconditioning(plan.entrant), lesson.batches.terms, plan.seed
         )
-        return cls(plan, course, lesson, driver, Stopwatch(lesson.batches.device), _endless(lesson))
+        return cls(plan, course, lesson, driver, Stopwatch(lesson.batches.device), _endless(lesson), ends_at)
 
     @property
     def phases(self) -> dict[str, float]:
@@ -147,6 +149,8 @@ class Heat:
             self._close("diverged")
         elif done + count == self.plan.steps:
             self._close("finished")
+        elif self.ends_at is not None and self.ends_at(value):
+            self._close("reached")
 
     def step(self) -> None:
         """Take one step."""

@@ -112,7 +112,7 @@ def run(races: Sequence[Race], stage: str, grounds: Grounds, limit: int | None, 
             plans = _together(race, stage, None if limit is None else limit - done)
             if not plans:
                 break
-            heats = [_start(race, plan, grounds, warm) for plan in plans]
+            heats = [_start(race, plan, stage, grounds, warm) for plan in plans]
             for heat in run_interleaved(heats):
                 hear(race, race.ledger.write(heat, stage))
                 done += 1
@@ -129,12 +129,12 @@ def _together(race: Race, stage: str, most: int | None) -> list[Plan]:
     return [first, *islice(others, None if most is None else most - 1)]
 
 
-def _start(race: Race, plan: Plan, grounds: Grounds, warm: set[tuple[str, str]]) -> Heat:
+def _start(race: Race, plan: Plan, stage: str, grounds: Grounds, warm: set[tuple[str, str]]) -> Heat:
     lesson = grounds.lesson(race.course, plan.seed)
     if (race.course.recipe, plan.entrant.name) not in warm:
         warm_up(plan, race.course, lesson)
         warm.add((race.course.recipe, plan.entrant.name))
-    return Heat.start(plan, race.course, lesson)
+    return Heat.start(plan, race.course, lesson, race.enough(plan, stage))
 
 
 def use_threads(count: int) -> None:

@@ -8,14 +8,15 @@
 
 When the best of the three rates is the lowest or the highest, one more beyond it is tried, of everybody. The best rate
 is the one that reaches the target in the fewest steps; where none does, or none is set yet, the one with the best
-value at the end.
+value at the end. A heat of tuning ends where it shows the target; finals run to the last step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from kaisa.errors import StateError
@@ -83,6 +84,13 @@ class Race:
     def first(self, heat: Result, target: float) -> Look:
         """Return the first look that shows the target, or `NEVER`."""
         return next((look for look in heat.looks if self.score.reaches(look.value, target)), NEVER)
+
+    def enough(self, plan: Plan, stage: str) -> Callable[[float], bool] | None:
+        """Return what tells that a heat of tuning is decided: its value is the target's; None of all others."""
+        target = self.target() if stage == TUNE else None
+        if target is None or (plan.entrant == self.control and plan.steps == self.course.steps):
+            return None
+        return partial(self.score.reaches, target=target)
 
     def chosen(self, entrant: Entrant) -> tuple[float, int] | None:
         """Return the learning rate and the steps that a contestant goes into the finals with; None before that."""
