@@ -106,7 +106,7 @@ def random_priors(prior: Prior, generator: np.random.Generator) -> tuple[NDArray
     for cell in prior.cells:
         count = int(generator.integers(1, 6))
         exponents = generator.uniform(0, 12)
-        low = np.nextafter(cell.low, 1) if not prior.at_least and cell.low != prior.floor else cell.low
+        low = np.nextafter(cell.low, 1) if cell.low != prior.floor else cell.low
         x = low + (cell.high - low) * generator.uniform(0, 1, count) ** exponents
         points.append(np.clip(np.where(generator.uniform(size=count) < 0.3, low, x), low, cell.high))
         masses.append(cell.mass * generator.dirichlet(np.full(count, generator.choice([0.1, 1.0]))))
@@ -135,6 +135,13 @@ QUESTIONS = [
     for floor in (0.0, 5e-4)
     for at_least in (False, True)
     for n, k in ((0, 0), (200, 0), (200, 2), (60, 20))
+]
+QUESTIONS += [
+    Question(kind, Prior(quantiles, floor, at_least, at_most=at_most), at, n, k)
+    for kind, at in (("confidence", 0.02), ("reliability", 30), ("expected_pfd", None))
+    for quantiles, at_least in (({0.01: 0.8}, False), ({0.01: 0.8, 0.05: 0.95}, True), ({0.01: 0.8, 0.05: 0.95}, False))
+    for floor, at_most in ((0.0, {0.002: 0.1}), (5e-4, {0.001: 0.05, 0.004: 0.4}))
+    for n, k in ((200, 0), (200, 2), (60, 20))
 ]
 
 
@@ -197,6 +204,34 @@ def test_of_several_bounds_at_least_can_be_worse_than_exactly() -> None:
     assert claims[1] < claims[0]
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    beliefs, st.floats(0.001, 0.5), st.floats(0.05, 0.95), st.integers(0, 3000), st.integers(0, 30), st.integers(1, 500)
+)
+def test_hardly_better_than_a_bound_is_the_worse_of_exactly_so_hardly_and_never(
+    theta: float, share: float, part: float, n: int, k: int, t: int
+) -> None:
+    """The posterior is a ratio of linear functions of the mass below α, so one of its ends is the worst."""
+    epsilon, alpha, eta, floor = 0.01, 0.01 * part, theta * share, 0.001 * part
+    hardly = Prior({epsilon: theta}, floor, at_most={alpha: eta})
+    for kind, at in (("confidence", 0.02), ("reliability", t), ("expected_pfd", None)):
+        question = Question(kind, hardly, at, n, min(k, n))
+        ends = [
+            ask(replace(question, prior=p)).value
+            for p in (Prior({alpha: eta, epsilon: theta}, floor), Prior({epsilon: theta}, alpha))
+        ]
+        worst = max(ends) if kind == "expected_pfd" else min(ends)
+        assert ask(question).value == pytest.approx(worst, rel=1e-9, abs=1e-300)
+
+
+def test_hardly_better_than_a_bound_supports_a_claim_after_failures_without_a_floor() -> None:
+    """What lies above α cannot be refuted, whatever lies at 0."""
+    claim = confidence(0.03, Prior({0.02: 0.975}, at_most={0.008: 0.025}), demands=1000, failures=15)
+    assert claim.void is None
+    assert claim.value > 0.9
+    assert claim.worst_case[0].at == 0
+
+
 # What voids a claim
 
 
@@ -235,6 +270,13 @@ def test_exact_beliefs_in_several_bounds_support_a_claim_without_a_floor() -> No
         ({0.1: 1.0}, {}, "above 0 and below 1"),
         ({0.1: math.nan}, {}, "belief is nan"),
         ({0.1: 0.9, 0.2: 0.8}, {}, "of a smaller bound it is 0.9"),
+        ({0.1: 0.9, 0.2: 0.9}, {}, "with the same belief leave one out"),
+        ({0.1: 0.9}, {"at_most": {0.1: 0.05}}, "a bound not below 0.1"),
+        ({0.1: 0.9}, {"at_most": {0.2: 0.05}}, "a bound not below 0.1"),
+        ({0.1: 0.9}, {"at_most": {0.01: 0.95}}, "of a smaller bound it is 0.95"),
+        ({0.1: 0.9}, {"at_most": {0.01: 0.0}}, "above 0 and below 1"),
+        ({0.1: 0.9}, {"at_most": {0.01: 0.05}, "floor": 0.02}, "floor is 0.02"),
+        ({0.1: 0.9}, {"at_most": {0.01: 0.05}, "mean": 0.018}, "no E"),
         ({0.1: 0.9}, {"floor": 0.2}, "floor is 0.2"),
         ({0.1: 0.9}, {"floor": -1}, "floor is -1"),
         ({0.1: 0.9}, {"floor": math.inf}, "floor is inf"),

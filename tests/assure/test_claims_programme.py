@@ -19,6 +19,9 @@ PRIORS = [
     Prior({0: 0.3, 1e-3: 0.9}),
     Prior({1e-4: 0.5, 1e-3: 0.9, 1e-2: 0.99}, floor=1e-5),
     Prior({1e-4: 0.5, 1e-3: 0.9}, floor=1e-5, at_least=True),
+    Prior({1e-3: 0.9}, at_most={1e-4: 0.1}),
+    Prior({1e-3: 0.7, 5e-3: 0.9}, floor=1e-5, at_most={1e-4: 0.1, 3e-4: 0.2}),
+    Prior({1e-3: 0.7, 5e-3: 0.9}, floor=1e-5, at_most={1e-4: 0.1, 3e-4: 0.2}, at_least=True),
 ]
 ASKED = [("confidence", 1e-2), ("confidence", 1e-3), ("reliability", 100), ("expected_pfd", None)]
 SEEN = [(0, 0), (1000, 0), (1000, 3), (100, 30)]
@@ -56,6 +59,15 @@ def test_knowledge_of_the_mean_strengthens_a_claim_and_is_proved(failures: int) 
     assert proof.holds()
     assert proof.of_mean > 0
     assert math.fsum(atom.at * atom.mass for atom in claim.worst_case) == pytest.approx(2e-3, rel=1e-6)
+
+
+def test_a_mean_that_is_known_goes_with_what_is_hardly_so_good() -> None:
+    known = Question("confidence", Prior({1e-3: 0.8}, mean=2e-3, at_most={5e-4: 0.1}), 1e-2, 500, 2)
+    claim, proof = solve_with_dual(known, 1000)
+    assert proof.holds()
+    assert claim.value > ask(replace(known, prior=replace(known.prior, mean=None))).value + 1e-3
+    assert claim.value > ask(replace(known, prior=replace(known.prior, at_most={5e-4: 0.5}))).value + 1e-3
+    assert math.fsum(atom.mass for atom in claim.worst_case if atom.at < 5e-4) <= 0.1 + 1e-9
 
 
 def test_no_random_prior_with_that_mean_gives_less() -> None:

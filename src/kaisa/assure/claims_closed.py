@@ -170,12 +170,12 @@ def _failures(count: int) -> str:
 def _is_support(cell: Cell, question: Question) -> bool:
     """Whether a cell holds belief in a good system that the failures cannot refute."""
     is_good = cell.high < 1 and (question.kind != "confidence" or cell.high <= (question.at or 0.0))
-    return cell.mass > 0 and is_good and (cell.low > 0 or question.failures == 0)
+    return is_good and (cell.low > 0 or question.failures == 0)
 
 
 def _confidence(question: Question) -> Claim:
     n, k, p = question.demands, question.failures, question.at or 0.0
-    cells = [cell for cell in question.prior.cells if cell.mass > 0]
+    cells = question.prior.cells
     good = [Atom(least_likely(cell.low, cell.high, n, k), cell.mass) for cell in cells if cell.high <= p]
     bad = [_worst_above(p, cell, n, k) for cell in cells if cell.high > p]
     for_it, against = (
@@ -207,7 +207,7 @@ def _reliability(question: Question) -> Claim:
     """Solve Σ m_j min over cell j of L(x)((1 − x)ᵗ − R) = 0 for ρ = −ln R, in y = −ln(1 − x)."""
     t = int(question.at or 1)
     game = _Game(t, question.demands, question.failures)
-    cells = [cell for cell in question.prior.cells if cell.mass > 0]
+    cells = question.prior.cells
     rho = find_root(lambda rho: _balance(game, cells, rho), guess=t / (question.demands + t))
     chosen = [Atom(-math.expm1(-game.worst(cell, rho)), cell.mass) for cell in cells]
     atoms = with_posterior(chosen, question.demands, question.failures)
@@ -217,7 +217,7 @@ def _reliability(question: Question) -> Claim:
     return Claim(question, value, complement, atoms, "one root")
 
 
-def _balance(game: _Game, cells: list[Cell], rho: float) -> float:
+def _balance(game: _Game, cells: Sequence[Cell], rho: float) -> float:
     """Return ln(gains / losses) of the worst prior against R = e⁻ᵖ: negative while R is too high."""
     gains: list[float] = []
     losses: list[float] = []

@@ -154,7 +154,7 @@ class _Problem:
     def __init__(self, question: Question, scale: float) -> None:
         self.question, self.scale, self.p = question, scale, _p(question)
         prior = question.prior
-        self.edges = (prior.floor, *prior.bounds, 1.0)
+        self.edges = (prior.floor, *prior.cuts, 1.0)
         self.masses = [cell.mass for cell in prior.cells]
 
     @property
@@ -242,11 +242,12 @@ def _solve(problem: _Problem, columns: Sequence[_Column]) -> _Solution:
     unit = np.minimum(1.0, 1 / np.maximum(likelihood, 1.0))  # of y: no coefficient is above 1
     member = np.array([[float(c.row == row) for c in columns] for row in range(rows)]) * unit
     normal = np.append(likelihood * unit, 0.0)
-    held = np.column_stack([member, -np.array(problem.masses)])
-    up_to = np.column_stack([-np.cumsum(member, axis=0), np.cumsum(problem.masses)])  # at least: −F(ε_j) + θ_j s ≤ 0
+    # F(cut) − its belief, of each cut and of 1: what is believed is that it is 0, or not above or below that.
+    up_to = np.column_stack([np.cumsum(member, axis=0), -np.cumsum(problem.masses)])
+    signs = np.array([1.0] * len(prior.at_most) + [-1.0 if prior.at_least else 0.0] * len(prior.bounds) + [0.0])
     mean = [np.append(x * unit, -prior.mean)] if prior.mean is not None else []
-    equal = np.vstack([normal, held.sum(axis=0)] if prior.at_least else [normal, held])
-    below = np.vstack([*(up_to[:-1] if prior.at_least else []), *mean, np.zeros(len(x) + 1)])
+    equal = np.vstack([normal, up_to[signs == 0]])
+    below = np.vstack([*(signs[signs != 0, None] * up_to[signs != 0]), *mean, np.zeros(len(x) + 1)])
     done = _optimize().linprog(
         SHARPER * np.append(worth * likelihood * unit, 0.0),
         A_eq=equal,
@@ -258,9 +259,10 @@ def _solve(problem: _Problem, columns: Sequence[_Column]) -> _Solution:
     )
     if done.status != 0:
         raise ConfigurationError(f"the programme has no solution ({done.message}); the prior may contradict itself")
-    of_rows, of_bounds = done.eqlin.marginals[1:] / SHARPER, done.ineqlin.marginals / SHARPER
-    if prior.at_least:
-        of_rows = of_rows[0] - np.append(np.cumsum(of_bounds[: rows - 1][::-1])[::-1], 0.0)
+    of_cuts, of_bounds = np.empty(rows), done.ineqlin.marginals / SHARPER
+    of_cuts[signs == 0] = done.eqlin.marginals[1:] / SHARPER
+    of_cuts[signs != 0] = signs[signs != 0] * of_bounds[: np.count_nonzero(signs)]
+    of_rows = np.cumsum(of_cuts[::-1])[::-1]  # a point of a cell counts for its own cut and for all above
     of_mean = -float(of_bounds[-2]) if prior.mean is not None else 0.0
     return _Solution(float(done.fun) / SHARPER, done.x[:-1] * unit / done.x[-1], tuple(map(float, of_rows)), of_mean)
 

@@ -80,7 +80,8 @@ def growth(question: Question, failed: Sequence[bool], points: int = 160) -> lis
 def _over_belief(question: Question, points: int) -> Curve | None:
     """Return the claim over the strongest belief, from the one before it on."""
     *before, (bound, now) = question.prior.quantiles.items()
-    lowest = before[-1][1] if before else 0.005
+    weaker = max([belief for _, belief in before] + [*question.prior.at_most.values()], default=0.0)
+    lowest = weaker + (now - weaker) / 100
     x = [lowest + (0.9995 - lowest) * index / (points - 1) for index in range(points)]
     priors = (_with_quantile(question.prior, bound, bound, belief) for belief in x)
     return _curve(f"belief θ in pfd ≤ {bound:.4g}", question, x, now, priors)
@@ -92,7 +93,7 @@ def _over_bound(question: Question, points: int) -> Curve | None:
     *before, (bound, theta) = prior.quantiles.items()
     if bound == 0:
         return None
-    low = max(prior.floor, bound / 30, 1.001 * before[-1][0] if before else 0.0)
+    low = max([prior.floor, bound / 30, *(1.001 * below for below in (*prior.at_most, *dict(before)))])
     limit = question.at if question.kind == "confidence" and question.at else 0.5
     high = min(max(limit, 1.05 * bound), 30 * bound, 0.99)
     x = _logarithmic(low, high, points)
@@ -104,7 +105,7 @@ def _over_floor(question: Question, points: int) -> Curve | None:
     prior = question.prior
     if question.failures == 0 or prior.floor == 0 or prior.mean is not None:
         return None
-    x = _logarithmic(max(prior.floor / 100, 1e-12), prior.bounds[0], points)
+    x = _logarithmic(max(prior.floor / 100, 1e-12), prior.cuts[0], points)
     priors = (replace(prior, quantiles=dict(prior.quantiles), floor=v) for v in x)
     return _curve("floor p_l", question, x, prior.floor, priors, is_logarithmic=True)
 

@@ -7,14 +7,16 @@ The beliefs cut [floor, 1] into cells, each with a mass; how the mass lies in it
     cell      [floor, ε₁]    (ε₁, ε₂]    …    (ε_m, 1]
     mass          θ₁          θ₂ − θ₁    …     1 − θ_m
 
-Of *at least* θ_j, mass may also lie in any lower cell: then every cell begins at the floor.
+Of *at least* θ_j, mass may also lie in any lower cell: then every cell begins at the floor. Of *at most* η below some
+α < ε₁ (a system is hardly better than that), the mass η of the first cell may also lie above α, but no more than that
+below it: the cells are [floor, ε₁] with η and (α, ε₁] with θ₁ − η, and no other one begins below α.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from kaisa.errors import ConfigurationError
@@ -45,6 +47,8 @@ class Prior:
             wherever failures may be observed, for otherwise the first failure refutes all.
         at_least: the θ are lower bounds: Pr(X ≤ ε) ≥ θ.
         mean: an upper bound on E[X], or None. Claims then come from a linear programme.
+        at_most: {α: η}: Pr(X ≤ α) ≤ η, for α below all ε: how hardly the system is better than that, as a lower
+            confidence bound has it. It does not say that the system is ever as good.
 
     Raises:
         ConfigurationError: the numbers are no probabilities or contradict one another.
@@ -54,13 +58,17 @@ class Prior:
     floor: float = 0.0
     at_least: bool = False
     mean: float | None = None
+    at_most: Mapping[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ordered = dict(sorted((_number("bound", e), _number("belief", t)) for e, t in self.quantiles.items()))
-        object.__setattr__(self, "quantiles", MappingProxyType(ordered))
+        for name in ("quantiles", "at_most"):
+            pairs = ((_number("bound", e), _number("belief", t)) for e, t in getattr(self, name).items())
+            object.__setattr__(self, name, MappingProxyType(dict(sorted(pairs))))
         object.__setattr__(self, "floor", _number("floor", self.floor))
-        _check_quantiles(ordered)
-        _check_floor(self.floor, min(ordered))
+        if not self.quantiles:
+            raise ConfigurationError("a prior without any belief claims nothing; give quantiles={bound: belief}")
+        _check_beliefs([*self.at_most.items(), *self.quantiles.items()])
+        _check_floor(self.floor, self.cuts[0])
         if self.mean is not None:
             self._check_mean(_number("mean", self.mean))
 
@@ -70,12 +78,19 @@ class Prior:
         return tuple(self.quantiles)
 
     @property
+    def cuts(self) -> tuple[float, ...]:
+        """All bounds of which anything is believed, ascending."""
+        return (*self.at_most, *self.bounds)
+
+    @property
     def cells(self) -> tuple[Cell, ...]:
         """What the worst case may move mass within, in order; see the head of the module."""
-        highs, beliefs = (*self.bounds, 1.0), (0.0, *self.quantiles.values(), 1.0)
-        lows = (self.floor, *self.bounds)
+        lows = (self.floor, *self.cuts)
+        highs = (*[self.bounds[0]] * len(self.at_most), *self.bounds, 1.0)
+        beliefs = (0.0, *self.at_most.values(), *self.quantiles.values(), 1.0)
+        lowest = lows[len(self.at_most)]
         return tuple(
-            Cell(self.floor if self.at_least else low, high, after - before)
+            Cell(min(low, lowest) if self.at_least else low, high, after - before)
             for low, high, before, after in zip(lows, highs, beliefs[:-1], beliefs[1:], strict=True)
         )
 
@@ -86,17 +101,16 @@ class Prior:
             f"Pr(no fault) {sign} {theta:g}" if epsilon == 0 else f"Pr(pfd ≤ {epsilon:g}) {sign} {theta:g}"
             for epsilon, theta in self.quantiles.items()
         ]
+        parts += [f"Pr(pfd ≤ {alpha:g}) ≤ {eta:g}" for alpha, eta in self.at_most.items()]
         parts += [f"pfd ≥ {self.floor:g}"] if self.floor > 0 else []
         parts += [f"E[pfd] ≤ {self.mean:g}"] if self.mean is not None else []
         return ", ".join(parts)
 
     def _check_mean(self, mean: float) -> None:
-        cells = Prior(self.quantiles, self.floor, self.at_least).cells
-        least = self.floor if self.at_least else sum(cell.mass * cell.low for cell in cells)
-        most_needed = least if not self.at_least else self.floor
-        if not most_needed < mean <= 1:
+        least = math.fsum(cell.mass * cell.low for cell in self.cells)
+        if not least < mean <= 1:
             raise ConfigurationError(
-                f"mean is {mean:g}, but the quantiles and the floor allow no E[X] of {most_needed:g} or less; "
+                f"mean is {mean:g}, but the quantiles and the floor allow no E[X] of {least:g} or less; "
                 "give a larger mean or lower bounds"
             )
 
@@ -107,20 +121,26 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _check_quantiles(quantiles: Mapping[float, float]) -> None:
-    if not quantiles:
-        raise ConfigurationError("a prior without any belief claims nothing; give quantiles={bound: belief}")
-    before = 0.0
-    for epsilon, theta in quantiles.items():
-        if not 0 <= epsilon < 1:
-            raise ConfigurationError(f"the prior has the bound {epsilon:g}; a bound is at least 0 and below 1")
-        if not 0 < theta < 1:
+def _check_beliefs(beliefs: Sequence[tuple[float, float]]) -> None:
+    """Refuse bounds and beliefs that are none or do not ascend together."""
+    last, before = -1.0, 0.0
+    for bound, belief in beliefs:
+        if not 0 <= bound < 1:
+            raise ConfigurationError(f"the prior has the bound {bound:g}; a bound is at least 0 and below 1")
+        if bound <= last:
             raise ConfigurationError(
-                f"Pr(X ≤ {epsilon:g}) is {theta:g}; give a belief above 0 and below 1, which data can still change"
+                f"Pr(X ≤ {last:g}) is at most {before:g}, a bound not below {bound:g}; give a lower one"
             )
-        if theta < before:
-            raise ConfigurationError(f"Pr(X ≤ {epsilon:g}) is {theta:g}, but of a smaller bound it is {before:g}")
-        before = theta
+        if not 0 < belief < 1:
+            raise ConfigurationError(
+                f"Pr(X ≤ {bound:g}) is {belief:g}; give a belief above 0 and below 1, which data can still change"
+            )
+        if belief <= before:
+            raise ConfigurationError(
+                f"Pr(X ≤ {bound:g}) is {belief:g}, but of a smaller bound it is {before:g}; of two bounds with "
+                "the same belief leave one out"
+            )
+        last, before = bound, belief
 
 
 def _check_floor(floor: float, lowest: float) -> None:
