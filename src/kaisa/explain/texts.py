@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 WORD = re.compile(r"\w+")
+SEEN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,8 @@ class Words:
             if not is_present:
                 parts[2 * position + 1] = absent
         return "".join(parts)
+
+
+def shown(token: str) -> str:
+    """Return a token as it can be seen: signs stand for blanks and ends of lines."""
+    return token.translate(SEEN)
