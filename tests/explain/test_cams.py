@@ -64,6 +64,45 @@ def test_maps_are_torchcams(conv_net: nn.Module, images: Tensor, method: str, th
     torch.testing.assert_close(said.values, expected.detach(), rtol=1e-6, atol=1e-9)
 
 
+def activations_and_gradients(model: nn.Module, layer: nn.Module, x: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """What a layer gives, and the gradient of the score at it, by hooks."""
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    score = model(x)[:, target].sum()
+    handle.remove()
+    return kept[0].detach(), torch.autograd.grad(score, kept[0])[0]
+
+
+def test_gradcam_plus_plus_is_its_weights_on_a_layer(conv_net: nn.Module, images: Tensor) -> None:
+    model, x = conv_net.double().eval(), images.double()
+    a, g = activations_and_gradients(model, model.relu, x, 1)
+    said = explain(model, x, "gradcam++", 1, layer="relu", scaled=False)
+    torch.testing.assert_close(said.values, cams.weighted_map(a, cams.gradcam_plus_plus_weights(a, g)))
+
+
+@pytest.mark.parametrize("weights", ["channels", "classes"])
+def test_scorecam_weighs_channels_by_what_they_show(conv_net: nn.Module, images: Tensor, weights: str) -> None:
+    model, x = conv_net.double().eval(), images.double()
+    enlarge = lambda maps: F.interpolate(maps[None], (12, 12), mode="bilinear", align_corners=False)[0]  # noqa: E731
+    with torch.no_grad():
+        maps = model.norm(model.second_layer(model.relu(model.first_layer(x))))
+        for image, channels, said in zip(x, maps, explain_by_scorecam(model, x, weights), strict=True):
+            scores = []
+            for mask in enlarge(channels):
+                seen = (mask - mask.min()) / (mask.max() - mask.min()) * image
+                outputs = model(seen[None])[0]
+                scores.append(outputs.softmax(0)[1] if weights == "classes" else outputs[1])
+            found = torch.stack(scores)
+            found = found if weights == "classes" else found.softmax(0)
+            combined = sum(weight * channel for weight, channel in zip(found, channels, strict=True))
+            assert combined.max() > 0
+            torch.testing.assert_close(said, enlarge(combined.relu()[None])[0])
+
+
+def explain_by_scorecam(model: nn.Module, x: Tensor, weights: str) -> Tensor:
+    return explain(model, x, "scorecam", 1, layer="norm", weights=weights, scaled=False, batch_size=4).values
+
+
 def test_a_layer_is_what_it_gave_before_an_operation_in_place(conv_net: nn.Module, images: Tensor) -> None:
     model = conv_net.eval()
     changed = explain(model, images, "gradcam", 1, layer="norm").values
@@ -107,6 +146,34 @@ def test_signals_have_maps_along_their_length(method: str) -> None:
     assert said.details["layer"] == "narrow"
 
 
+@pytest.mark.parametrize("channels", ["first", None])
+def test_the_channels_of_a_signal_come_first(channels: str | None) -> None:
+    model, x = rescaled(SignalNet()).double(), torch.rand(2, 2, 30, dtype=torch.float64)
+    a, g = activations_and_gradients(model, model.narrow, x, 1)
+    expected = (a * g.mean(2, keepdim=True)).sum(1).relu()
+    assert expected.max() > 0
+    said = explain(model, x, "gradcam", 1, layer="narrow", channels=channels, scaled=False)
+    torch.testing.assert_close(said.values, expected)
+
+
+def test_channels_may_come_last_in_layers_of_pictures() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Linear(3, 5)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.places(x.permute(0, 2, 3, 1)).tanh().mean((1, 2)))
+
+    model, x = Last().double(), torch.rand(2, 3, 6, 4, dtype=torch.float64)
+    a, g = activations_and_gradients(model, model.places, x, 1)
+    expected = (a * g.mean((1, 2), keepdim=True)).sum(3).relu()
+    assert expected.max() > 0
+    said = explain(model, x, "gradcam", 1, layer="places", channels="last", scaled=False)
+    torch.testing.assert_close(said.values, expected)
+
+
 def test_tokens_have_maps_in_the_last_layer_that_reads_them_all(token_net: nn.Module) -> None:
     tokens = torch.tensor([[3, 7, 7, 1, 0], [2, 2, 9, 4, 5]])
     said = explain(token_net, tokens, "gradcam", 2)
@@ -140,6 +207,22 @@ def test_tokens_of_a_picture_become_a_picture() -> None:
     assert said.details["places"] == [17]
 
 
+def test_a_map_of_tokens_lies_where_they_lay_and_class_tokens_nowhere() -> None:
+    model, x = PatchNet().double(), torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    a, g = activations_and_gradients(model, model.first, x, 1)
+    combined = (a * g.mean(1, keepdim=True)).sum(2).relu()
+    assert combined.max() > 0
+    square = combined[:, 1:].reshape(1, 1, 4, 4)
+    expected = F.interpolate(square, (16, 16), mode="bilinear", align_corners=False)[:, 0]
+    said = explain(model, x, "gradcam", 1, layer="first", scaled=False)
+    torch.testing.assert_close(said.values, expected)
+
+
+def test_tokens_that_are_no_square_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="22 tokens are no square"):
+        cams._enlarged(torch.rand(1, 1, 22), torch.rand(1, 3, 16, 16))
+
+
 def test_a_layer_that_is_not_called_is_refused(conv_net: nn.Module, images: Tensor) -> None:
     conv_net.spare = nn.Conv2d(3, 3, 1)
     with pytest.raises(ConfigurationError, match="not called"):
@@ -149,8 +232,3 @@ def test_a_layer_that_is_not_called_is_refused(conv_net: nn.Module, images: Tens
 def test_a_model_without_places_is_told_so() -> None:
     with pytest.raises(ConfigurationError, match="name one by layer="):
         explain(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(2, 3), "gradcam")
-
-
-def test_the_first_version_of_scorecam_weighs_by_classes(conv_net: nn.Module, images: Tensor) -> None:
-    first = explain(conv_net, images, "scorecam", 1, weights="classes").values
-    assert not torch.allclose(first, explain(conv_net, images, "scorecam", 1).values)

@@ -75,6 +75,21 @@ def test_every_way_to_write_a_relu_is_guided(way: str) -> None:
     assert not torch.allclose(guided, explain(model, x, "saliency", 1).values)
 
 
+@pytest.mark.parametrize("way", ["module in place", "function in place", "method in place"])
+def test_what_a_relu_changes_in_place_stays_changed(way: str) -> None:
+    class Forgetful(Relus):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            self.relu(hidden)  # what it returns is not read
+            return self.second(hidden * hidden)
+
+    x = torch.randn(4, 5)
+    model = Forgetful(WAYS[way])
+    hidden = model.first(x)
+    expected = (2 * hidden.relu() * model.second.weight[1]).clamp(min=0) @ model.first.weight
+    torch.testing.assert_close(explain(model, x, "guided_backprop", 1).values, expected.detach())
+
+
 def test_a_model_without_relus_is_refused_by_guided_methods() -> None:
     with pytest.raises(ConfigurationError, match="the model calls none"):
         explain(Relus(torch.tanh), torch.randn(2, 5), "guided_backprop")
@@ -103,6 +118,18 @@ def test_smoothgrad_is_captums(double_net: tuple[nn.Module, Tensor]) -> None:
     torch.testing.assert_close(said.values, expected, **EXACT)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_smoothgrad_means_gradients_or_their_sizes(absolute: bool) -> None:
+    class Square(nn.Module):  # its gradient, 2x, is as random as the noise is
+        def forward(self, x: Tensor) -> Tensor:
+            return x**2
+
+    x = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    said = explain(Square(), x, "smoothgrad", 0, samples=4000, noise=0.5, absolute=absolute).values[0, 0]
+    # E|2 noise| = 2 · 0.5 · √(2/π); the deviation of the mean is below 1/√4000 = 0.016.
+    assert float(said) == pytest.approx((2 / torch.pi) ** 0.5 if absolute else 0.0, abs=0.06)
+
+
 @pytest.mark.parametrize(("smooth", "plain"), [("smoothgrad", "saliency"), ("guided_smoothgrad", "guided_backprop")])
 def test_without_noise_smoothgrad_is_the_gradient(
     double_net: tuple[nn.Module, Tensor], smooth: str, plain: str
@@ -122,6 +149,13 @@ def test_integrated_gradients_complete(seed: int, start: float) -> None:
     difference = (model(x) - model(torch.full_like(x, start)))[:, 1]
     torch.testing.assert_close(said.values.sum(1), difference.detach(), rtol=1e-6, atol=1e-8)
     assert max(said.quality["completeness_gap"]) < 1e-6
+
+
+def test_each_input_has_its_own_baseline(double_net: tuple[nn.Module, Tensor]) -> None:
+    model, x = double_net
+    baseline = torch.rand_like(x)
+    expected = attr.IntegratedGradients(model).attribute(x, baseline, target=1, n_steps=8)
+    torch.testing.assert_close(explain(model, x, target=1, baseline=baseline, steps=8).values, expected, **EXACT)
 
 
 def test_the_completeness_gap_is_that_of_the_values(double_net: tuple[nn.Module, Tensor]) -> None:
@@ -166,6 +200,31 @@ def test_tokens_are_explained_at_their_embeddings(token_net: nn.Module) -> None:
     assert max(said.quality["completeness_gap"]) < 1e-3
     sizes = explain(token_net, tokens, "saliency", 1, arguments={"keep": keep}).values
     assert (sizes >= 0).all()
+
+
+class Bag(nn.Module):
+    """A linear model of words and, looked up first, of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.words = nn.Embedding(9, 4), nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = self.places(torch.arange(tokens.shape[1]))
+        return self.head((self.words(tokens) + places).sum(1))
+
+
+def test_tokens_of_a_linear_model_get_their_terms_and_the_size_of_their_weight() -> None:
+    model, tokens = Bag().double(), torch.tensor([[3, 7, 7, 1], [2, 2, 8, 4]])
+    words, weight = model.words.weight.detach(), model.head.weight[1].detach()
+    near = {"rtol": 1e-6, "atol": 1e-7}  # Captum holds the weights of its steps in float32
+    found = explain(model, tokens, target=1, steps=3).values
+    torch.testing.assert_close(found, words[tokens] @ weight, **near)
+    found = explain(model, tokens, target=1, steps=3, baseline=5).values
+    torch.testing.assert_close(found, (words[tokens] - words[5]) @ weight, **near)
+    sizes = explain(model, tokens, "saliency", 1).values
+    torch.testing.assert_close(sizes, weight.norm().expand(2, 4), **EXACT)
 
 
 def test_tokens_of_a_model_without_embeddings_are_refused() -> None:

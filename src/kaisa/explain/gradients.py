@@ -99,7 +99,7 @@ def guided_integrated_gradients(
 
 
 class Differentiable(nn.Module):
-    """The model as a function of floating-point inputs; of embeddings, where its inputs are tokens."""
+    """The model as a function of floating-point inputs; of embeddings, where its one input is tokens."""
 
     def __init__(self, subject: Subject, guided: bool = False) -> None:
         super().__init__()
@@ -129,7 +129,8 @@ class Differentiable(nn.Module):
         assert self._subject.target is not None
         guide = _GuideReLUs()
         with _substituted(self._embedding, inputs):
-            given = inputs if self._embedding is None else self._tokens(len(inputs))
+            tokens = self._subject.inputs.tensor
+            given = inputs if self._embedding is None else tokens.expand(len(inputs), -1)
             if self._guided:
                 with guide:
                     outputs = self._subject.outputs(given)
@@ -140,10 +141,6 @@ class Differentiable(nn.Module):
                 "guided methods guide ReLUs, and the model calls none; use the method without guided_"
             )
         return self._subject.target.scored(outputs)
-
-    def _tokens(self, count: int) -> Tensor:
-        tokens = self._subject.inputs.tensor
-        return tokens if len(tokens) == count else tokens[:1].expand(count, -1)
 
 
 def embedding_of(subject: Subject) -> nn.Module:
@@ -221,12 +218,14 @@ class _GuideReLUs(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Mapping[str, Any] | None = None
     ) -> Any:
-        if function in self.PLAIN or function in self.IN_PLACE:
-            self.met = True
-            inputs = arguments[0] if arguments else (options or {})["input"]
-            output: Tensor = _GuidedReLU.apply(inputs)  # type: ignore[no-untyped-call]
-            return inputs.copy_(output) if function in self.IN_PLACE else output
-        return function(*arguments, **(options or {}))
+        named = dict(options or {})
+        if function not in self.PLAIN and function not in self.IN_PLACE:
+            return function(*arguments, **named)
+        self.met = True
+        inputs = arguments[0] if arguments else named["input"]
+        output: Tensor = _GuidedReLU.apply(inputs)  # type: ignore[no-untyped-call]
+        is_in_place = function in self.IN_PLACE or named.get("inplace", False)  # so F.relu hands its argument on
+        return inputs.copy_(output) if is_in_place else output
 
 
 def _gradient(subject: Subject, absolute: bool, guided: bool) -> Outcome:
