@@ -34,7 +34,9 @@ Report = Callable[[int, int], None]
 Figures = dict[str, tuple[float, ...]]
 
 CURVES = ("deletion", "insertion")
-MEASURES = ("infidelity", "max_sensitivity", *CURVES, "randomisation")
+OF_NUMBERS = ("infidelity", "max_sensitivity")
+MEASURES = (*OF_NUMBERS, *CURVES, "randomisation")
+MEASURED = ("map", "features", "tokens")  # kinds of explanations with one value for each place of an input
 RANDOM = "random"
 FORMAT = "kaisa comparison 1"
 
@@ -49,7 +51,7 @@ class Effort:
         neighbours: explanations of inputs nearby, for the sensitivity.
         radius: how near.
         points: of the curves.
-        baseline: what takes the place of what is deleted.
+        baseline: what takes the place of what is deleted; of tokens a number.
     """
 
     changes: int = 64
@@ -193,8 +195,8 @@ def measure(
 ) -> Explanation:
     """Returns a local explanation with more figures of quality, those out of ``measures`` that apply to it.
 
-    Infidelity, sensitivity and the curves need inputs of real numbers; sensitivity and randomisation explain again;
-    randomisation needs a module.
+    Infidelity and sensitivity need inputs of real numbers, the others are of tokens, too; sensitivity and randomisation
+    explain again; randomisation needs a module.
 
     Args:
         model: what was explained.
@@ -211,8 +213,10 @@ def measure(
     """
     _check_measures(measures)
     inputs = explanation.inputs
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or explanation.kind not in ("map", "features"):
+    if not isinstance(inputs, Tensor) or explanation.kind not in MEASURED:
         return explanation
+    if not inputs.is_floating_point():
+        measures = [name for name in measures if name not in OF_NUMBERS]
     module = model if isinstance(model, nn.Module) else None
     read = read_inputs(inputs, kind, device_of(module))
     with undisturbed(module):
@@ -318,7 +322,7 @@ def _subject(
 def _random(explanations: Sequence[Explanation], seed: int) -> Explanation | None:
     """Return an explanation with random values, of the kind of the first that can be measured."""
     for explanation in explanations:
-        if isinstance(explanation.inputs, Tensor) and explanation.kind in ("map", "features"):
+        if isinstance(explanation.inputs, Tensor) and explanation.kind in MEASURED:
             generator = torch.Generator().manual_seed(seed)
             values = torch.randn(explanation.values.shape, generator=generator)
             return replace(explanation, method=RANDOM, values=values, options={}, quality={}, details={})
