@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Any, Protocol
 
 Figures = Mapping[str, tuple[float, ...]]
@@ -25,6 +26,18 @@ class Shown(Protocol):
     @property
     def target(self) -> tuple[int, ...] | None:
         """The explained outputs."""
+
+    @property
+    def kind(self) -> str:
+        """How the values are meant; those of `tokens` are shown as a text."""
+
+    @property
+    def values(self) -> Any:
+        """A tensor whose first dimension counts the inputs."""
+
+    @property
+    def names(self) -> tuple[Any, ...]:
+        """The tokens, of all inputs alike or of each."""
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -44,7 +57,11 @@ class Shown(Protocol):
 
     @property
     def details(self) -> Mapping[str, Any]:
-        """What else the method tells; ``target_names`` are shown for the target."""
+        """What else the method tells.
+
+        ``target_names`` are shown for the target, ``position`` says which token is explained, ``proponents_texts`` and
+        ``opponents_texts`` are the training texts behind each input.
+        """
 
     def plot(self) -> Any:
         """The drawing, a figure of matplotlib."""
@@ -84,6 +101,11 @@ h2 { font-size: 1.05rem; margin: 0 0 .6rem; font-weight: 650; }
 .card.wide { margin: 0 0 1.25rem; }
 .card.wide img { max-width: 52rem; }
 .card img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: .35rem; }
+.tokens { line-height: 2; margin: 0 0 .8rem; overflow-wrap: anywhere; }
+.tokens span { padding: .2em 0; }
+.tokens.apart span { padding: .2em .3em; margin-right: .3em; border-radius: .25em; }
+.tokens span.asked { outline: 2px solid var(--ink); border-radius: .25em; padding: .2em .3em; margin: 0 .2em; }
+.texts { margin: .4rem 0 .8rem; padding-left: 1.4rem; font-size: .93rem; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .9rem; margin: .8rem 0 0;
   font-size: .87rem; }
 dt { color: var(--soft); }
@@ -102,6 +124,9 @@ summary { cursor: pointer; color: var(--soft); }
 footer, .legend { color: var(--soft); font-size: .85rem; margin-top: 1.5rem; }
 .legend dl { margin: 0; }
 """
+
+FOR, AGAINST = "rgb(196 48 63 / ", "rgb(47 111 176 / "
+"""Colours of what speaks for and against the target, but for how opaque they are."""
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -139,11 +164,58 @@ def _card(explanation: Shown, is_alone: bool) -> str:
     title = "" if is_alone else f"<h2>{escape(explanation.method)}</h2>"
     options = _pairs({name: _short(value) for name, value in explanation.options.items()})
     return (
-        f'<section class="card">{title}{_image(_drawn(explanation), explanation.method)}'
+        f'<section class="card">{title}{_content(explanation)}'
         f"{_pairs(_facts(explanation, with_figures=is_alone))}"
         + (f"<details><summary>options</summary>{options}</details>" if explanation.options else "")
         + "</section>"
     )
+
+
+def _content(explanation: Shown) -> str:
+    """Return the values: tokens as a text in colours, training texts as lists, all else as a picture."""
+    if explanation.kind == "tokens" and explanation.names:
+        return "".join(_tokens(explanation, row) for row in range(len(explanation.values)))
+    if "proponents_texts" in explanation.details:
+        return "".join(_asked(explanation, row) + _texts(explanation, row) for row in range(len(explanation.values)))
+    return _image(_drawn(explanation), explanation.method)
+
+
+def _tokens(explanation: Shown, row: int) -> str:
+    """Return a text whose tokens are the redder the more they speak for the target, the bluer against it."""
+    values = explanation.values[row].tolist()
+    limit = max(map(abs, values), default=0.0) or 1.0
+    styles = [f"background: {FOR if value > 0 else AGAINST}{0.7 * abs(value) / limit:.0%})" for value in values]
+    return _text(explanation, row, styles, [f"{value:.3g}" for value in values])
+
+
+def _asked(explanation: Shown, row: int) -> str:
+    return _text(explanation, row, [], []) if explanation.names else ""
+
+
+def _text(explanation: Shown, row: int, styles: Sequence[str], titles: Sequence[str]) -> str:
+    """Return the tokens of an input, the explained one in a frame; it follows the others where it is the next one."""
+    names = explanation.names if isinstance(explanation.names[0], str) else explanation.names[row]
+    position = explanation.details.get("position")
+    spans = []
+    for place, (name, style, title) in enumerate(zip_longest(names, styles[: len(names)], titles[: len(names)])):
+        asked = " class=asked" if place == position else ""
+        told = f' style="{style}" title="{title}"' if style else ""
+        spans.append(f"<span{asked}{told}>{escape(name)}</span>" + ("<br>" if name == "↵" else ""))
+    if position == len(names) and explanation.target is not None:
+        target = str(explanation.details.get("target_names", explanation.target)[row])
+        spans.append(f'<span class=asked title="explained">{escape(target)}</span>')
+    is_apart = max(map(len, names)) > 1
+    return f'<p class="tokens{" apart" if is_apart else ""}">{"".join(spans)}</p>'
+
+
+def _texts(explanation: Shown, row: int) -> str:
+    """Return the training texts that speak for and against what is said of an input."""
+    parts = []
+    for sign, title in (("proponents", "for"), ("opponents", "against")):
+        texts = explanation.details.get(f"{sign}_texts", [])
+        items = "".join(f"<li>{escape(text)}</li>" for text in texts[row])
+        parts.append(f"<h2>{title}</h2><ol class=texts>{items}</ol>")
+    return "".join(parts)
 
 
 def _drawn(explanation: Shown) -> bytes:
