@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from kaisa.recipes.options import Options
 from kaisa.recipes.programs import Program, read_program
 from kaisa.recipes.record import Record
 from kaisa.recipes.trained import as_inputs, read_trained
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from tests.support.browser import BROWSER, photograph
 
 
 def make_run(folder: Path, names: tuple[str, ...] = ("sgd-seed0",), model: str = "cnn") -> Path:
@@ -236,17 +234,9 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_a_page_is_drawn_whole_by_a_browser(run_folder: Path, tmp_path: Path) -> None:
-    out, shot = tmp_path / "page.html", tmp_path / "shot.png"
+    out = tmp_path / "page.html"
     assert run(["explain", str(run_folder), "0", "--method", "saliency,gradcam", "--out", str(out)]) == 0
-    assert BROWSER is not None
-    shared = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    wide = [*shared, "--window-size=1200,1400", f"--screenshot={shot}"]
-    # Without a network: whatever the page would ask for beyond itself would be missing from the picture.
-    subprocess.run(
-        [*wide, "--host-resolver-rules=MAP * ~NOTFOUND", out.as_uri()], check=True, capture_output=True, timeout=120
-    )
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-    pixels = np.asarray(image.open(shot).convert("RGB")).astype(int)
+    pixels = photograph(out, tmp_path)
     assert pixels.shape == (1400, 1200, 3)
     spread = pixels.max(2) - pixels.min(2)
     assert (spread > 60).mean() > 0.01  # the coloured maps are there

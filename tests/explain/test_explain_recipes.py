@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kaisa.cli import run
 from kaisa.recipes.trained import read_trained
+from tests.support.browser import BROWSER, photograph
 from tests.support.runs import narrow_models, train
 
 TEXT = "a cat saw the"
@@ -156,6 +157,58 @@ def test_texts_come_from_files_and_from_what_was_tested_on(told: Any, runs: dict
     assert hidden["names"][0][hidden["details"]["position"]] == "<mask>"
 
 
+def test_tokens_are_deleted_and_inserted_in_the_order_of_their_values(told: Any, runs: dict[str, Path]) -> None:
+    figures = told("gpt", TEXT, "--method", "saliency,smoothgrad", "--target", "e")["figures"]
+    (values,) = numbers(told("gpt", TEXT, "--method", "saliency", "--target", "e")["values"])
+    model, tokens, vocabulary = of_text(runs["gpt"], TEXT)
+    order = values.argsort(descending=True).tolist()
+    shares = np.linspace(0, 1, 21)
+    curves = {"deletion": [], "insertion": []}
+    for share in shares:
+        count = sum(place / len(order) < share for place in range(len(order)))
+        first = torch.zeros_like(tokens, dtype=torch.bool)
+        first[0, order[:count]] = True
+        for name, changed in (("deletion", tokens.where(~first, 0)), ("insertion", tokens.where(first, 0))):
+            with torch.no_grad():
+                curves[name].append(float(model(changed)[0, -1].softmax(0)[vocabulary.index("e")]))
+    for name, curve in curves.items():
+        assert figures["saliency"][name] == pytest.approx(np.trapezoid(curve, shares), abs=1e-5)  # of float32 logits
+    assert set(figures["random"]) == {"deletion", "insertion"}
+    assert abs(figures["saliency"]["randomisation"]) <= 1
+
+
+def test_what_training_texts_do_to_the_probabilities_of_all_next_tokens_cancels(
+    told: Any, runs: dict[str, Path]
+) -> None:
+    # Σ p(y) ∇ log p(y) = 0: influence is linear in the gradient of the loss of the explained token, − log p(y).
+    model, tokens, vocabulary = of_text(runs["gpt"], "a cat")
+    targets = [part for token in vocabulary for part in ("--target", token)]
+    texts = ["a cat"] * len(vocabulary)
+    record = told("gpt", *texts, "--method", "influence", "--examples", "20", "--position", "3", *targets)
+    values = numbers(record["values"])
+    with torch.no_grad():
+        probabilities = model(tokens)[0, 2].double().softmax(0)
+    assert values.shape == (len(vocabulary), 20)
+    rest = (probabilities[:, None] * values).sum(0).abs()
+    assert (rest < 1e-4 * (probabilities[:, None] * values).abs().sum(0)).all()  # of float32 gradients
+    assert record["target"] == list(range(len(vocabulary)))
+
+
+@pytest.mark.parametrize(("recipe", "text"), [("gpt", "a cat saw"), ("bert", "a [MASK] saw the")])
+def test_the_training_texts_behind_a_token_are_told(recipe: str, text: str, told: Any, runs: dict[str, Path]) -> None:
+    saliency = told(recipe, text, "--method", "saliency")
+    record = told(recipe, text, "--method", "influence", "--examples", "40")
+    assert record["target"] == saliency["target"]
+    assert record["details"]["target_names"] == saliency["details"]["target_names"]
+    values, (proponents,) = numbers(record["values"]), record["details"]["proponents"]
+    assert values[0].argsort(descending=True)[0] == proponents[0]
+    (texts,) = record["details"]["proponents_texts"]
+    learned = (runs[recipe].parent / "data" / "train.txt").read_text().replace("\n", "↵")
+    if recipe == "gpt":  # what bert learns from is hidden here and there
+        assert all(one in learned for one in texts)
+    assert len(texts) == 5
+
+
 def predicted(run: Path, number: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     """Return the model of a run of masks, a test image, and what it takes for the object."""
     trained = read_trained(run)
@@ -240,7 +293,36 @@ def test_several_methods_are_compared_on_texts_and_masks(
     assert run([*arguments, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "local_r2" in said
-    assert "<h2>lime</h2>" in out.read_text(encoding="utf-8")
+    assert "randomisation" in said
+    assert "random " in said
+    page = out.read_text(encoding="utf-8")
+    assert "<h2>lime</h2>" in page
+    assert page.count('class="tokens') == (0 if recipe == "unet" else 3)
+
+
+def test_a_page_shows_tokens_in_colours_the_explained_one_in_a_frame(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    arguments = ["--method", "integrated_gradients", "--target", "h", "--out", str(out)]
+    assert run(["explain", str(runs["gpt"]), "a cat saw", *arguments]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.count("background: rgb(") == len("a cat saw")
+    assert page.count("/ 70%)") == 1  # the strongest token alone is this opaque
+    assert '<span class=asked title="explained">h</span>' in page
+    assert run(["explain", str(runs["bert"]), "a [MASK] saw", *arguments[:2], "--out", str(out)]) == 0
+    assert "<span class=asked style=" in out.read_text(encoding="utf-8")
+    assert "&lt;mask&gt;</span>" in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_page_of_a_text_is_drawn_by_a_browser(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert run(["explain", str(runs["gpt"]), "0", "--method", "lime,saliency", "--out", str(out)]) == 0
+    pixels = photograph(out, tmp_path)
+    spread = pixels.max(2) - pixels.min(2)
+    assert (spread > 60).mean() > 1e-4  # the coloured tokens are there
+    content = (np.abs(pixels - pixels[5, 5]).sum(2) > 30).any(0).nonzero()[0]
+    assert content.min() > 5
+    assert content.max() < 1195  # nothing runs over the edges
 
 
 REFUSED = [
@@ -252,6 +334,7 @@ REFUSED = [
     ("gpt", [TEXT, "--position", "14"], "--position is 14; the explained token is at one of 1 to 13"),
     ("gpt", [TEXT, "--position", "0"], "--position is 0; the explained token is at one of 1 to 13"),
     ("gpt", [TEXT, "--box", "0,0,1,1"], "--box has no use here: texts have no pixels"),
+    ("gpt", [TEXT, "--target", "c", "--target", "a"], "there are 2 targets for 1 texts; give one for each"),
     ("gpt", [TEXT, "a cat"], "the inputs have different sizes, 13 and 5; explain them one at a time"),
     ("gpt", [], "there is no text; give one, a .txt file, or the number of a test text"),
     ("gpt", [""], "the text '' has no characters"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +15,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kaisa.commands.arguments import check_writable, option
-from kaisa.commands.sources import Place, Posed, Source, source_of, source_of_program
+from kaisa.commands.sources import INFLUENCE, Asked, Place, Posed, Source, source_of, source_of_program
 from kaisa.errors import ConfigurationError
-from kaisa.explain import Comparison, Explanation, Method, compare, methods
+from kaisa.explain import Comparison, Effort, Explanation, Method, compare, methods
 from kaisa.explain import explain as explained
 from kaisa.recipes.programs import SUFFIX, read_program
 from kaisa.recipes.trained import read_trained
@@ -117,8 +118,11 @@ class Question:
         if len(known) > 1:
             return self._compared(posed, options)
         (method,) = known
-        if method.scope == "examples":
-            options[method.name] |= source.influence(posed, self.examples, self.seed)
+        if method.name == INFLUENCE:
+            with _reporting("moments of the training examples") as report:
+                return posed.named(
+                    source.influence(posed, Asked(self.examples, self.seed, report, options[method.name]))
+                )
         # Names of the tokens of a single text are names of features, too.
         names = posed.names[0] if len(posed.names) == 1 else posed.names
         explanation = explained(
@@ -127,16 +131,16 @@ class Question:
         return posed.named(explanation)
 
     def _compared(self, posed: Posed, options: dict[str, dict[str, Any]]) -> Comparison:
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
-            bar = bars.add_task("methods", total=len(self.methods))
+        with _reporting("methods") as report:
             compared = compare(
                 posed.model,
                 posed.inputs,
                 self.methods,
                 posed.target,
                 options=options,
+                effort=Effort(baseline=posed.blank),
                 seed=self.seed,
-                progress=lambda done, total: bars.update(bar, completed=done, total=total),
+                progress=report,
             )
         return Comparison(tuple(posed.named(explanation) for explanation in compared))
 
@@ -149,6 +153,14 @@ class Question:
         if strangers:
             raise ConfigurationError(f"none of the methods has an option {strangers[0]!r}")
         return {name: value for name, value in self.options.items() if name in method.options}
+
+
+@contextmanager
+def _reporting(noun: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is told how much of how much is done; it is shown where there is a terminal."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task(noun, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 def _read(path: Path, is_trusted: bool) -> Source:
