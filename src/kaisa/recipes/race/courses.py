@@ -110,7 +110,7 @@ _SMALL = {
         look_every=8,
         tests=192,
         control="adamw",
-        kfac={"": {**EARLY, "damping": 0.03, "kl_clip": 0.0003}},
+        kfac={"": {**EARLY, "damping": 0.03, "kl_clip": 0.0003, "sharing": "reduce"}},
     ),
     "bert": Course(
         "bert",
