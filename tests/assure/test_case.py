@@ -31,7 +31,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def case(folder: Path) -> Case:
     """A case in which everything is as it should be."""
-    exhibit = Exhibit("e", "It holds", 0.97, COMMAND, DATE, digest_file(folder / "e.json"), "e.json")
+    exhibit = Exhibit(
+        *("e", "It holds", 0.97, COMMAND, DATE, digest_file(folder / "e.json"), "e.json", (0.1, 0.9)),
+        at_most=(0.01, 0.1),
+    )
     made = Case("A <small> & sound case")
     made.add(Node("G1", "goal", 'The "system" is safe: 1 < 2'))
     made.add(Node("C1", "context", "Indoors"), under="G1")
@@ -235,8 +238,10 @@ def extent(shape: ElementTree.Element) -> tuple[float, float, float, float]:
 def test_evidence_is_read_as_it_was_written(tmp_path: Path) -> None:
     digest = digest_bytes(b"x")
     made = Exhibit("e", "It holds", 0.1, COMMAND, DATE, quantile=(0.1, 0.95), data={"a": digest}, assumptions=("Dry",))
-    written = write_exhibit(tmp_path / "e.json", replace(made, inputs=frozenset([digest])))
-    assert read_exhibit(tmp_path / "e.json") == written
+    for at_most in (None, (0.01, 0.025)):
+        written = write_exhibit(tmp_path / "e.json", replace(made, inputs=frozenset([digest]), at_most=at_most))
+        assert read_exhibit(tmp_path / "e.json") == written
+        assert written.at_most == at_most
     assert written.digest == digest_file(tmp_path / "e.json")
 
 
@@ -247,6 +252,7 @@ def test_evidence_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"date": "yesterday"}, "the date"),
         ({"value": float("nan")}, "finite number"),
         ({"quantile": (0.1, float("inf"))}, "finite number"),
+        ({"at_most": (float("nan"), 0.1)}, "the at_most"),
         ({"digest": "abc"}, "SHA-256"),
         ({"data": {"a": "b"}}, "SHA-256"),
     ],

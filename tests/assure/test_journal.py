@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kaisa.assure.journal import Journal, append, open_journal
+from kaisa.assure.network import DECLINED
 from kaisa.assure.records import Record, check_order, read_records
 from kaisa.errors import DataError, KaisaError, StateError
 
@@ -178,6 +179,25 @@ def test_csv_and_json_lines_say_the_same(tmp_path: Path) -> None:
     assert [record.failed for record in records] == [False, True]
 
 
+def test_what_has_an_input_and_no_prediction_is_put_to_the_network(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text(
+        "prediction,truth,time,input\n,3,2026-01-01,a/one.png\n7,7,2026-01-02,\n,3,2026-01-03,two.png\n,3,2026-01-04,3.png\n"
+    )
+    asked: list[Path] = []
+
+    def answer(paths: Sequence[Path]) -> list[tuple[str, str]]:
+        asked.extend(paths)
+        return [("a" * 64, "3"), ("b" * 64, "5"), ("c" * 64, DECLINED)]
+
+    records = read_records(tmp_path / "r.csv", answer)
+    assert asked == [tmp_path / "a" / "one.png", tmp_path / "two.png", tmp_path / "3.png"]
+    assert [record.failed for record in records] == [False, False, True, False]
+    assert [record.prediction for record in records] == ["3", "7", "5", DECLINED]
+    assert records[2].input == "b" * 64
+    with pytest.raises(DataError, match="3 records with an input and no prediction"):
+        read_records(tmp_path / "r.csv")
+
+
 def test_a_record_may_say_itself_whether_it_failed(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("failure,time,id\ntrue,2026-01-01,a\n0,2026-01-01,b\n")
     assert [record.failed for record in read_records(tmp_path / "r.csv")] == [True, False]
@@ -195,6 +215,8 @@ def test_a_record_may_say_itself_whether_it_failed(tmp_path: Path) -> None:
         ("r.csv", "time,time\n1,1\n", "line 1: a column is there twice"),
         ("r.csv", "failure,time\nmaybe,2026-01-01\n", "failure is 'maybe'"),
         ("r.csv", "failure,time,input\n0,2026-01-01,abc\n", "the input is 'abc'"),
+        ("r.csv", "truth,time,input\n,2026-01-01,a.png\n", "line 2: the truth is ''"),
+        ("r.csv", "prediction,truth,time,input\n1,1,2026-01-01,a.png\n", "the input is 'a.png'"),
         ("r.csv", "failure,time\n0,2026-01-01", "last line .* does not end"),
         ("r.jsonl", "{}\n", "line 1: the time is missing"),
         ("r.jsonl", "[]\n", "line 1: it is no JSON object"),

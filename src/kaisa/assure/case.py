@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kaisa.assure.exhibits import Exhibit, digest_file, find_double_use, replace_file
+from kaisa.assure.exhibits import PAIRS, Exhibit, digest_file, find_double_use, replace_file
 from kaisa.errors import ConfigurationError, DataError, StateError
 
 FORMAT = 1
@@ -308,7 +308,7 @@ def _node_json(node: Node) -> dict[str, Any]:
         exhibit = node.exhibit
         value["exhibit"] = {
             **{name: getattr(exhibit, name) for name in ("name", "statement", "value", "command", "date")},
-            **{name: getattr(exhibit, name) for name in ("digest", "file", "quantile")},
+            **{name: getattr(exhibit, name) for name in ("digest", "file", "quantile", "at_most")},
             "data": dict(exhibit.data),
             "assumptions": list(exhibit.assumptions),
         }
@@ -326,7 +326,8 @@ def _read_node(value: dict[str, Any]) -> Node:
     if "exhibit" in known:
         exhibit = dict(known["exhibit"])
         exhibit["assumptions"] = tuple(exhibit["assumptions"])
-        exhibit["quantile"] = None if exhibit["quantile"] is None else tuple(exhibit["quantile"])
+        for name in PAIRS:
+            exhibit[name] = tuple(exhibit[name]) if exhibit.get(name) is not None else None
         known["exhibit"] = Exhibit(**exhibit)
     return Node(**known)
 

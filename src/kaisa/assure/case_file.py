@@ -6,6 +6,7 @@ knows is refused, since a misspelt assumption is none.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kaisa.assure.claims import KINDS, Kind, Question
+from kaisa.assure.exhibits import SIDES, Sides
+from kaisa.assure.network import Criterion
 from kaisa.assure.prior import Prior
 from kaisa.assure.records import read_time
 from kaisa.errors import ConfigurationError, DataError
 
+FILE_NAME = re.compile(r"[\w-]+")
 STAGES = {
     "data": "The data represent the operation, and their labels are right",
     "model": "The architecture can express what the task needs",
@@ -33,10 +37,15 @@ title = "The digit reader is reliable enough for sorting letters"
 [system]
 name = "digit reader"
 # model = "model.safetensors"       # the frozen network; if the file changes, the journal no longer counts
+# run = "runs/digits"               # or the run of `kaisa train` that made it: then it can be tried out and asked
+# sure = 0.9                        # its classifier declines, which is no failure, where it is less sure
+# dice = 0.8                        # unet: an image fails whose Dice is below
+# loss = 2.0                        # gpt, bert: a sequence fails whose mean loss (nats a token) is above
 # frozen = 2026-01-01T00:00:00Z     # demands from before do not count
 
 [operation]
 records = "operation.csv"           # or .jsonl: prediction, truth, time (or failure, time); optional id and input
+                                    # of a run also: input (a file of an image), truth, time; the network predicts
 journal = "operation.journal"       # grows with every run; keep it
 context = "Digits of postal codes, cut out by the sorter, one a letter"
 
@@ -51,13 +60,21 @@ bound = 0.005
 belief = 0.9
 because = "Engineering judgement: four earlier versions all stayed below"
 
-# [[prior.quantile]]                # or from a piece of evidence that justifies one
+# [[prior.quantile]]                # Pr(pfd <= bound) <= belief: it is hardly better. Matters once failures are seen
+# bound = 0.0005
+# belief = 0.05
+# at_most = true
+# because = "No earlier version came near"
+
+# [[prior.quantile]]                # or from a piece of evidence that justifies one, or one on either side
 # from = "held-out"
 
 # [[evidence]]                      # records that had no part in making the network: a bound by Clopper and Pearson
 # name = "held-out"
-# records = "held-out.csv"
+# records = "held-out.csv"          # or data = "held-out.zip" (a folder, zip file or .txt that the run's network is
+#                                   # tried out on), or tests = true (what the run was tested on)
 # belief = 0.95
+# sides = "both"                    # a lower bound too, each side with half of the rest; "upper": no lower one
 # supports = "training"             # data, model, training, verification or explanation
 
 # [[evidence]]                      # or a file that another tool has written
@@ -96,17 +113,31 @@ class Belief:
     belief: float | None = None
     because: str = ""
     source: str = ""
+    at_most: bool = False
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A piece of evidence: a file of an exhibit, or records that make one."""
+    """A piece of evidence: a file of an exhibit, or records or data of the system's run that make one."""
 
     name: str = ""
     file: str = ""
     records: str = ""
+    data: str = ""
+    tests: bool = False
     belief: float = 0.95
+    sides: Sides = "upper"
     supports: str = "training"
+
+    @property
+    def is_tried_out(self) -> bool:
+        """Whether the network of a run makes it."""
+        return bool(self.data) or self.tests
+
+    @property
+    def cited(self) -> str:
+        """The file that a case cites, relative to the case file."""
+        return f"{self.name}.evidence.json" if self.is_tried_out else self.file or self.records
 
 
 @dataclass(frozen=True)
@@ -143,6 +174,8 @@ class CaseFile:
     beliefs: tuple[Belief, ...]
     targets: tuple[Target, ...]
     model: str = ""
+    run: str = ""
+    criterion: Criterion = field(default=Criterion())
     frozen: datetime | None = None
     context: str = ""
     floor: float = 0.0
@@ -244,6 +277,8 @@ def _build(path: Path, whole: _Table) -> CaseFile:
         title=whole.text("title"),
         system=system.text("name"),
         model=system.text("model", ""),
+        run=system.text("run", ""),
+        criterion=_criterion(system),
         frozen=system.time("frozen"),
         records=operation.text("records"),
         journal=operation.text("journal"),
@@ -260,6 +295,12 @@ def _build(path: Path, whole: _Table) -> CaseFile:
     )
     for table in (system, operation, _with(prior, "mean"), whole):
         _with(table, "frozen" if table is system else "title").done()
+    if made.model and made.run:
+        raise ConfigurationError(f"{path}: give either model or run, not both")
+    if not made.run and (made.criterion.given or any(evidence.is_tried_out for evidence in made.evidence)):
+        raise ConfigurationError(
+            f"{path}: [system] names no run, so that there is no network to be tried out or judged"
+        )
     if not made.beliefs:
         raise ConfigurationError(f"{path}: there is no [[prior.quantile]]; without any belief nothing can be claimed")
     if not made.targets:
@@ -276,7 +317,8 @@ def _belief(table: _Table) -> Belief:
     if table.has("from"):
         made = Belief(source=table.text("from"))
     else:
-        made = Belief(table.number("bound"), table.number("belief"), table.text("because"))
+        at_most = table.flag("at_most", False)
+        made = Belief(table.number("bound"), table.number("belief"), table.text("because"), at_most=at_most)
     table.done()
     return made
 
@@ -286,17 +328,36 @@ def _evidence(table: _Table) -> Evidence:
         name=table.text("name", ""),
         file=table.text("file", ""),
         records=table.text("records", ""),
+        data=table.text("data", ""),
+        tests=table.flag("tests", False),
         belief=table.number("belief", 0.95),
+        sides=_sides(table),
         supports=table.text("supports", "training"),
     )
     table.done()
-    if bool(made.file) == bool(made.records):
-        raise ConfigurationError(f"{table.where}: give either file or records")
+    if [bool(made.file), bool(made.records), bool(made.data), made.tests].count(True) != 1:
+        raise ConfigurationError(f"{table.where}: give one of file, records, data and tests")
     if made.records and not made.name:
         raise ConfigurationError(f"{table.where}: name is missing")
+    if made.is_tried_out and not FILE_NAME.fullmatch(made.name):
+        raise ConfigurationError(f"{table.where}: name is {made.name!r}; give letters, digits, - and _ for a file name")
     if made.supports not in STAGES:
         raise ConfigurationError(f"{table.where}: supports is {made.supports!r}; choose from {', '.join(STAGES)}")
     return made
+
+
+def _sides(table: _Table) -> Sides:
+    found = table.text("sides", "upper")
+    for known in SIDES:
+        if found == known:
+            return known
+    raise ConfigurationError(f"{table.where}: sides is {found!r}; choose from {', '.join(SIDES)}")
+
+
+def _criterion(system: _Table) -> Criterion:
+    given = {name: system.number(name) for name in ("sure", "dice", "loss") if system.has(name)}
+    system.asked |= {"sure", "dice", "loss"}
+    return Criterion(**given)
 
 
 def _target(table: _Table) -> Target:

@@ -11,24 +11,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kaisa.assure.case import Case, Figure, Node, read_case
-from kaisa.assure.case_file import STAGES, CaseFile, Evidence, Target
+from kaisa.assure.case_file import STAGES, CaseFile, Target
 from kaisa.assure.claims import Claim, ask
 from kaisa.assure.claims_planning import demands_needed, failures_borne
 from kaisa.assure.claims_programme import Certificate, certify
-from kaisa.assure.exhibits import Exhibit, digest_bytes, digest_file, find_double_use, read_exhibit, replace_file
+from kaisa.assure.exhibits import COMMAND, Exhibit, digest_bytes, digest_file, replace_file
+from kaisa.assure.gathering import gather
 from kaisa.assure.journal import Journal, append, open_journal
+from kaisa.assure.network import Network
 from kaisa.assure.prior import Prior
-from kaisa.assure.records import Record, check_order, read_records
+from kaisa.assure.records import Record, read_records
 from kaisa.errors import ConfigurationError, DataError, StateError
 
 CLAIMS, CASE = "claims.json", "case.json"
-COMMAND = "kaisa assure run"
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,14 @@ class Evaluation:
         return all(result.is_met for result in self.results)
 
 
-def evaluate(file: CaseFile, *, now: datetime | None = None, count: bool = True) -> Evaluation:
+def evaluate(
+    file: CaseFile, network: Network | None = None, *, now: datetime | None = None, count: bool = True
+) -> Evaluation:
     """Count the new demands, and make the claims.
 
     Args:
         file: what is claimed.
+        network: that of the run that the file names.
         now: the time; later records are refused.
         count: whether to look for new demands; otherwise those of the journal are taken.
 
@@ -92,16 +97,18 @@ def evaluate(file: CaseFile, *, now: datetime | None = None, count: bool = True)
         DataError: records are malformed, out of order or used twice; the journal is as it was.
         StateError: the journal is damaged, or model, prior or evidence are not those that it was begun with.
     """
-    exhibits = [(_read_evidence(file, evidence), evidence.supports) for evidence in file.evidence]
-    _refuse_double_use([exhibit for exhibit, _ in exhibits])
+    if file.run and network is None:
+        raise ConfigurationError(f"{file.path} names a run; give the network that it made")
+    exhibits = gather(file, network)
     prior = build_prior(file, [exhibit for exhibit, _ in exhibits])
     for target in file.targets:
         target.ask(prior, 0, 0)  # refuses what no claim can be made of, before anything is written
-    model = digest_file(file.folder / file.model) if file.model else ""
-    journal = open_journal(file.folder / file.journal, file.system, model, _basis(file, prior, exhibits))
+    journal = open_journal(
+        file.folder / file.journal, file.system, _digest_model(file, network), _basis(file, prior, exhibits)
+    )
     if count:
         path = file.folder / file.records
-        stream = read_records(path)
+        stream = read_records(path, None if network is None else partial(_answer, network, journal))
         _refuse_reuse(path, stream, file, [exhibit for exhibit, _ in exhibits])
         journal = append(journal, stream, now or datetime.now(UTC), file.frozen)
     results = tuple(_result(target, prior, journal) for target in file.targets)
@@ -118,11 +125,10 @@ def refuse_changed_evidence(file: CaseFile, folder: Path) -> None:
         return
     cited = {node.exhibit.file: node.exhibit.digest for node in read_case(folder / CASE).nodes.values() if node.exhibit}
     for evidence in file.evidence:
-        name = evidence.file or evidence.records
-        if name in cited and cited[name] != digest_file(file.folder / name):
+        if evidence.cited in cited and cited[evidence.cited] != digest_file(file.folder / evidence.cited):
             raise StateError(
-                f"the evidence {name} has changed since the case in {folder} cited it; restore it, or move that folder "
-                "away to argue anew"
+                f"the evidence {evidence.cited} has changed since the case in {folder} cited it; restore it, or "
+                "move that folder away to argue anew"
             )
 
 
@@ -134,19 +140,31 @@ def build_prior(file: CaseFile, exhibits: Sequence[Exhibit]) -> Prior:
     """
     known = {exhibit.name: exhibit for exhibit in exhibits}
     quantiles: dict[float, float] = {}
+    at_most: dict[float, float] = {}
     for belief in file.beliefs:
         if belief.source and belief.source not in known:
             raise ConfigurationError(
                 f"the prior takes a quantile from {belief.source!r}, which is no evidence here; there is "
                 f"{', '.join(known) or 'none'}"
             )
-        pair = known[belief.source].quantile if belief.source else (belief.bound or 0.0, belief.belief or 0.0)
-        if pair is None:
+        if not belief.source:
+            _put(at_most if belief.at_most else quantiles, (belief.bound or 0.0, belief.belief or 0.0))
+            continue
+        exhibit = known[belief.source]
+        if exhibit.quantile is None:
             raise ConfigurationError(f"the evidence {belief.source!r} justifies no quantile; take another one")
-        if pair[0] in quantiles:
-            raise ConfigurationError(f"there are two beliefs in the bound {pair[0]:g}; keep the one that is justified")
-        quantiles[pair[0]] = pair[1]
-    return Prior(quantiles, file.floor, file.at_least, file.mean)
+        _put(quantiles, exhibit.quantile)
+        if (
+            exhibit.at_most is not None and exhibit.at_most[0] >= file.floor
+        ):  # below the floor nothing is believed anyway
+            _put(at_most, exhibit.at_most)
+    return Prior(quantiles, file.floor, file.at_least, file.mean, at_most)
+
+
+def _put(beliefs: dict[float, float], pair: tuple[float, float]) -> None:
+    if pair[0] in beliefs:
+        raise ConfigurationError(f"there are two beliefs in the bound {pair[0]:g}; keep the one that is justified")
+    beliefs[pair[0]] = pair[1]
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> Case:
@@ -172,6 +190,7 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
             "quantiles": [list(pair) for pair in prior.quantiles.items()],
             "floor": prior.floor,
             "at_least": prior.at_least,
+            "at_most": [list(pair) for pair in prior.at_most.items()],
             "mean": prior.mean,
         },
         "demands": journal.demands,
@@ -200,40 +219,21 @@ def build_case(evaluation: Evaluation, claims: Path) -> Case:
     return case
 
 
-def _read_evidence(file: CaseFile, evidence: Evidence) -> Exhibit:
-    if evidence.file:
-        return replace(read_exhibit(file.folder / evidence.file), file=evidence.file)
-    from kaisa.assure.evidence.held_out import HeldOut  # it needs scipy
-
-    path = file.folder / evidence.records
-    records = read_records(path)
-    check_order(records, datetime.now(UTC))
-    if not records:
-        raise DataError(f"{path} holds no records; evidence without a single demand is none")
-    found = HeldOut(sum(record.failed for record in records), len(records), evidence.belief)
-    digest = digest_file(path)
-    return Exhibit(
-        name=evidence.name,
-        statement=found.statement,
-        value=found.value,
-        command=COMMAND,
-        date=records[-1].time.date().isoformat(),
-        digest=digest,
-        file=evidence.records,
-        quantile=found.quantile,
-        data={evidence.records: digest},
-        inputs=frozenset({record.key for record in records} | {record.input for record in records if record.input}),
-        assumptions=found.assumptions,
-    )
+def _answer(network: Network, journal: Journal, paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return what the network says to files; to those that are counted, what it has said."""
+    said = {record.input: record.prediction for record in journal.records if record.input and record.prediction}
+    digests = network.digests(paths)
+    new = {digest: path for digest, path in zip(digests, paths, strict=True) if digest not in said}
+    said |= zip(new, network.answer(list(new.values())), strict=True)
+    return [(digest, said[digest]) for digest in digests]
 
 
-def _refuse_double_use(exhibits: Sequence[Exhibit]) -> None:
-    names = [exhibit.name for exhibit in exhibits]
-    if len(set(names)) < len(names):
-        raise ConfigurationError(f"two pieces of evidence have the same name: {', '.join(sorted(names))}")
-    found = find_double_use(exhibits)
-    if found:
-        raise DataError(f"{'; '.join(found)}; the same data cannot speak twice: leave one of them out")
+def _digest_model(file: CaseFile, network: Network | None) -> str:
+    """Return what tells one frozen system from another: its weights, and when it declines."""
+    if network is None:
+        return digest_file(file.folder / file.model) if file.model else ""
+    weights, criterion = digest_file(network.weights), network.criterion.describe()
+    return digest_bytes(weights.encode(), criterion.encode()) if criterion else weights
 
 
 def _refuse_reuse(path: Path, stream: Sequence[Record], file: CaseFile, exhibits: Sequence[Exhibit]) -> None:
@@ -255,6 +255,7 @@ def _basis(file: CaseFile, prior: Prior, exhibits: Sequence[tuple[Exhibit, str]]
     sources = {belief.source for belief in file.beliefs}
     cited = sorted(f"{exhibit.name} {exhibit.digest}" for exhibit, _ in exhibits if exhibit.name in sources)
     numbers = [list(map(list, prior.quantiles.items())), prior.floor, prior.at_least, prior.mean]
+    numbers += [list(map(list, prior.at_most.items()))] if prior.at_most else []
     return digest_bytes(json.dumps(numbers).encode(), *(text.encode() for text in cited))
 
 
@@ -295,7 +296,8 @@ def _system_words(evaluation: Evaluation) -> str:
     model = evaluation.journal.model
     frozen = evaluation.file.frozen
     parts = [f"System: {evaluation.file.system}"]
-    parts += [f"frozen network {model[:12]}… ({evaluation.file.model})"] if model else []
+    parts += [f"frozen network {model[:12]}… ({evaluation.file.model or evaluation.file.run})"] if model else []
+    parts += [f"judged by {evaluation.file.criterion.describe()}"] if evaluation.file.criterion.given else []
     parts += [f"in operation since {frozen:%Y-%m-%d %H:%M} UTC"] if frozen else []
     return ", ".join(parts)
 
@@ -341,9 +343,10 @@ def _add_prior(case: Case, evaluation: Evaluation) -> None:
     if judged:
         case.add(Node("G5", "goal", "What rests on judgement is stated, with its reason"), under="S3")
     for number, belief in enumerate(judged, 1):
+        sign = "at most " if belief.at_most else ""
         exhibit = Exhibit(
             name=f"judgement {number}",
-            statement=f"Pr(pfd ≤ {belief.bound:g}) is {belief.belief:g}. {belief.because}",
+            statement=f"Pr(pfd ≤ {belief.bound:g}) is {sign}{belief.belief:g}. {belief.because}",
             value=belief.belief,
             command="written by hand",
             date=_date_of(file.path),

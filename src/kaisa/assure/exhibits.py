@@ -20,12 +20,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kaisa.errors import ConfigurationError, DataError, StateError
 
 FORMAT = 1
 KIND = "kaisa exhibit"
+COMMAND = "kaisa assure run"
+PAIRS = ("quantile", "at_most")
+Sides = Literal["upper", "both"]
+SIDES: tuple[Sides, ...] = ("upper", "both")
+"""Which bounds a piece of evidence may give: one on the probability of failure from above, or from both sides."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,6 +50,7 @@ class Exhibit:
         data: digests of the data that it used up, by name.
         inputs: digests of the single inputs among them, where known.
         assumptions: what must hold for it to mean what it says, a sentence each.
+        at_most: (α, η) that it justifies too: the probability of failure is at most α with belief η at most; or None.
 
     Raises:
         ConfigurationError: a field is missing, no finite number or no digest.
@@ -61,13 +67,14 @@ class Exhibit:
     data: Mapping[str, str] = field(default_factory=dict)
     inputs: frozenset[str] = frozenset()
     assumptions: tuple[str, ...] = ()
+    at_most: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "statement", "command"):
             _check_text(name, getattr(self, name))
         _check_date(self.date)
         numbers = [("value", self.value)] if self.value is not None else []
-        numbers += [("quantile", number) for number in self.quantile or ()]
+        numbers += [(key, number) for key in PAIRS for number in getattr(self, key) or ()]
         for name, number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
                 raise ConfigurationError(f"the {name} of {self.name!r} is {number!r}; give a finite number")
@@ -80,8 +87,10 @@ def write_exhibit(path: Path, exhibit: Exhibit) -> Exhibit:
     """Write an exhibit whole or not at all; return it with its file and digest."""
     value = {**asdict(replace(exhibit, data={})), "data": dict(exhibit.data)}
     value["inputs"] = sorted(exhibit.inputs)
-    if exhibit.quantile is not None:
-        value["quantile"] = {"bound": exhibit.quantile[0], "belief": exhibit.quantile[1]}
+    for key in PAIRS:
+        pair = value.pop(key)
+        if pair is not None:
+            value[key] = {"bound": pair[0], "belief": pair[1]}
     for name in ("digest", "file"):
         del value[name]
     text = json.dumps({"format": FORMAT, "kind": KIND, **value}, indent=1, allow_nan=False, ensure_ascii=False)
@@ -122,6 +131,18 @@ def digest_file(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the path") from error
 
 
+def digest_path(path: Path) -> str:
+    """Return the SHA-256 of a file, or of all files of a folder with their names.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not path.is_dir():
+        return digest_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest_bytes(*(f"{file.relative_to(path)} {digest_file(file)}".encode() for file in files))
+
+
 def digest_bytes(*parts: bytes) -> str:
     """Return the SHA-256 of bytes, each part behind its length."""
     digest = hashlib.sha256()
@@ -154,7 +175,7 @@ def find_double_use(exhibits: Iterable[Exhibit]) -> list[str]:
 
 
 def _from_json(value: dict[str, Any], file: str, digest: str) -> Exhibit:
-    quantile = value.get("quantile")
+    pairs = {key: (value[key]["bound"], value[key]["belief"]) for key in PAIRS if value.get(key) is not None}
     return Exhibit(
         name=value["name"],
         statement=value["statement"],
@@ -163,7 +184,7 @@ def _from_json(value: dict[str, Any], file: str, digest: str) -> Exhibit:
         date=value["date"],
         digest=digest,
         file=file,
-        quantile=None if quantile is None else (quantile["bound"], quantile["belief"]),
+        **pairs,
         data=dict(value.get("data", {})),
         inputs=frozenset(value.get("inputs", ())),
         assumptions=tuple(value.get("assumptions", ())),

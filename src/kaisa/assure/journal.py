@@ -155,7 +155,7 @@ def _check_header(path: Path, line: bytes, expected: Journal) -> None:
         raise StateError(f"{path} is the journal of {value['system']!r}, not of {expected.system!r}; give each its own")
     if value["model"] != expected.model:
         raise StateError(
-            f"the model file has changed since {path} was begun ({_short(value['model'])}, now "
+            f"the model file has changed since {path} was begun, or when it declines ({_short(value['model'])}, now "
             f"{_short(expected.model)}): its demands speak of another network. Restore the model, or begin a new "
             "journal, from no demands"
         )

@@ -5,7 +5,9 @@
 
 A demand has failed where prediction and truth differ. Tasks that are judged otherwise give ``failure`` (true or false)
 instead of the two. ``id`` tells demands apart that look the same; ``input`` is the SHA-256 of what the system saw, by
-which double use is found. Other fields are left alone. Times are ISO 8601 (UTC unless they say otherwise).
+which double use is found. Where the frozen network is at hand, ``input`` may be the path of a file instead, relative to
+the records, and the prediction is left out: the network makes it. Other fields are left alone. Times are ISO 8601 (UTC
+unless they say otherwise).
 
 A record that cannot be read is an error that names its line: a stream is taken whole or not at all.
 """
@@ -16,7 +18,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import StringIO
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from kaisa.assure.exhibits import DIGEST, digest_bytes
+from kaisa.assure.network import DECLINED
 from kaisa.errors import DataError
 
 FLAGS = {"true": True, "false": False, "1": True, "0": False}
@@ -70,8 +73,36 @@ class Record:
         return digest_bytes(known.encode())
 
 
-def read_records(path: Path) -> list[Record]:
+@dataclass(frozen=True)
+class Unanswered:
+    """A demand that the network has yet to answer.
+
+    Attributes:
+        time, truth, identity: as of a record.
+        path: of what it is to see.
+    """
+
+    time: datetime
+    truth: str
+    identity: str
+    path: Path
+
+    def answered(self, digest: str, prediction: str) -> Record:
+        """Return the record of what the network has said."""
+        failed = prediction not in (self.truth, DECLINED)
+        return Record(self.time, failed, prediction, self.truth, self.identity, digest)
+
+
+Answer = Callable[[Sequence[Path]], Sequence[tuple[str, str]]]
+"""Returns for each file the SHA-256 of what a network sees of it, and what it says."""
+
+
+def read_records(path: Path, answer: Answer | None = None) -> list[Record]:
     """Read the records of a CSV or JSONL file.
+
+    Args:
+        path: of the file.
+        answer: what makes predictions where records have none; without it that is an error.
 
     Raises:
         DataError: the file cannot be read, has another form, or a record in it is malformed; the error names the line.
@@ -94,9 +125,21 @@ def read_records(path: Path) -> list[Record]:
             f"the last line of {path} does not end; if it is being written, run again, otherwise end it with a newline"
         )
     try:
-        return [_with_line(line, value) for line, value in readers[path.suffix.lower()](text)]
+        found = [_with_line(line, value, path.parent) for line, value in readers[path.suffix.lower()](text)]
     except _LineError as error:
         raise DataError(f"{path}, line {error.line}: {error}") from error.__cause__
+    return _answered(path, found, answer)
+
+
+def _answered(path: Path, found: Sequence[Record | Unanswered], answer: Answer | None) -> list[Record]:
+    open_ones = [record for record in found if isinstance(record, Unanswered)]
+    if open_ones and answer is None:
+        raise DataError(
+            f"{path} has {len(open_ones)} records with an input and no prediction; give predictions, or name in "
+            "[system] the run whose network makes them"
+        )
+    said = iter(answer([record.path for record in open_ones]) if answer is not None and open_ones else ())
+    return [record.answered(*next(said)) if isinstance(record, Unanswered) else record for record in found]
 
 
 def check_order(records: Iterable[Record], now: datetime, since: datetime | None = None) -> None:
@@ -182,14 +225,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _with_line(line: int, value: Mapping[str, Any]) -> Record:
+def _with_line(line: int, value: Mapping[str, Any], folder: Path) -> Record | Unanswered:
     try:
-        return _make(value)
+        return _make(value, folder)
     except (ValueError, OverflowError) as error:
         raise _LineError(line, str(error)) from error
 
 
-def _make(value: Mapping[str, Any]) -> Record:
+def _make(value: Mapping[str, Any], folder: Path) -> Record | Unanswered:
     try:
         time = read_time(value["time"])
     except KeyError:
@@ -198,6 +241,8 @@ def _make(value: Mapping[str, Any]) -> Record:
         raise ValueError(f"the time is {value['time']!r}; give ISO 8601, 2026-11-20T08:00:00Z") from None
     identity = _text("id", value["id"]) if value.get("id") not in (None, "") else ""
     seen = str(value.get("input") or "")
+    if seen and "failure" not in value and value.get("prediction") in (None, "") and not DIGEST.fullmatch(seen):
+        return Unanswered(time, _text("truth", value.get("truth")), identity, folder / seen)
     if seen and not DIGEST.fullmatch(seen):
         raise ValueError(f"the input is {seen!r}; give its SHA-256 in hexadecimal")
     if "failure" in value:

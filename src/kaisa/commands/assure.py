@@ -8,7 +8,7 @@ kaisa assure report     draws the safety case: a page, and files for other tools
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,11 @@ from rich.table import Table
 from kaisa.commands.arguments import option
 from kaisa.commands.status import FAILED
 from kaisa.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from kaisa.assure.case_file import CaseFile
+    from kaisa.assure.evaluation import Evaluation
+    from kaisa.assure.network import Network
 
 FILES = "Files"
 
@@ -60,7 +65,7 @@ def run(
 
     known, folder = read_case_file(file), output or _folder(file)
     refuse_changed_evidence(known, folder)
-    evaluation = evaluate(known)
+    evaluation = evaluate(known, _network(known))
     case = write_results(evaluation, folder)
     problems = case.problems(known.folder)
     console = Console(highlight=False)
@@ -92,7 +97,7 @@ def report(
         raise ConfigurationError(f"unknown notation {notation!r}; choose from {', '.join(WORDS)}")
     known, folder = read_case_file(file), output or _folder(file)
     refuse_changed_evidence(known, folder)
-    evaluation = evaluate(known, count=False)
+    evaluation = evaluate(known, _network(known), count=False)
     case = write_results(evaluation, folder)
     problems = case.problems(known.folder)
     for name, text in (
@@ -106,21 +111,27 @@ def report(
     return FAILED if problems else 0
 
 
+def _network(known: CaseFile) -> Network | None:
+    """Return the network of the run that a case names."""
+    if not known.run:
+        return None
+    from kaisa.recipes.demands import read_network
+
+    return read_network(known.folder / known.run, known.criterion)
+
+
 def _folder(file: Path) -> Path:
     return file.parent / f"{file.stem}-case"
 
 
-def _table(evaluation: object) -> Table:
+def _table(evaluation: Evaluation) -> Table:
     """Return the claims as a table."""
-    from kaisa.assure.evaluation import Evaluation
-
     table = Table(box=None, pad_edge=False)
     for name in ("claim", "worst case", "target", ""):
         table.add_column(name, justify="left" if name in ("claim", "") else "right", overflow="fold")
-    if isinstance(evaluation, Evaluation):
-        for result in evaluation.results:
-            sign = "≤" if result.target.kind == "expected_pfd" else "≥"
-            value = "void" if result.claim.void else f"{result.claim.value:.6g}"
-            state = "[green]reached[/]" if result.is_met else "[red]missed[/]"
-            table.add_row(result.claim.question.describe(), value, f"{sign} {result.target.target:g}", state)
+    for result in evaluation.results:
+        sign = "≤" if result.target.kind == "expected_pfd" else "≥"
+        value = "void" if result.claim.void else f"{result.claim.value:.6g}"
+        state = "[green]reached[/]" if result.is_met else "[red]missed[/]"
+        table.add_row(result.claim.question.describe(), value, f"{sign} {result.target.target:g}", state)
     return table

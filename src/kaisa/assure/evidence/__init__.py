@@ -11,7 +11,7 @@ findings      how each becomes a piece of evidence in a case
 """
 
 from kaisa.assure.evidence.calibration import Calibration, fit_temperature, measure_calibration
-from kaisa.assure.evidence.findings import Finding, digest_inputs, present
+from kaisa.assure.evidence.findings import Finding, digest_input, digest_inputs, present
 from kaisa.assure.evidence.held_out import HeldOut
 from kaisa.assure.evidence.pac_bayes import GeneralisationBound, bound_generalisation, kl_inverse, pac_bayes_bound
 from kaisa.assure.evidence.partition import Cell, Clusters, Grid, PartitionReliability, count_cells
@@ -37,6 +37,7 @@ __all__ = [
     "compare_counts",
     "compare_features",
     "count_cells",
+    "digest_input",
     "digest_inputs",
     "fit_temperature",
     "kl_inverse",

@@ -58,6 +58,7 @@ def present(
         command=command,
         date=on or date.today().isoformat(),
         quantile=finding.quantile,
+        at_most=getattr(finding, "at_most", None),
         data=dict(data or {}),
         inputs=inputs,
         assumptions=finding.assumptions,
@@ -65,7 +66,11 @@ def present(
 
 
 def digest_inputs(inputs: Tensor) -> frozenset[str]:
-    """Return the SHA-256 of each input (first dimension): its shape, its type and its numbers."""
-    rows = inputs.detach().cpu().contiguous()
-    kind = f"{tuple(rows.shape[1:])} {rows.dtype}".encode()
-    return frozenset(hashlib.sha256(kind + row.numpy().tobytes()).hexdigest() for row in rows)
+    """Return the SHA-256 of each input (first dimension); see `digest_input`."""
+    return frozenset(digest_input(row) for row in inputs)
+
+
+def digest_input(row: Tensor) -> str:
+    """Return the SHA-256 of one input: its shape, its type and its numbers."""
+    row = row.detach().cpu().contiguous()
+    return hashlib.sha256(f"{tuple(row.shape)} {row.dtype}".encode() + row.numpy().tobytes()).hexdigest()
