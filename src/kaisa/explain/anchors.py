@@ -211,16 +211,17 @@ class Hunt:
             self._ask(fresh, search.batch)
         if count == len(rules):
             return list(rules)
+        is_rest = np.arange(len(rules)) >= count
         for round_ in range(1, 100_000):
             mean, trials = self._statistics(rules)
             beta = bounds.exploration(len(rules), round_, search.delta)
             order = np.argsort(-mean, kind="stable")
-            top, rest = order[:count], order[count:]
-            low, high = bounds.lower(mean[top], trials[top], beta), bounds.upper(mean[rest], trials[rest], beta)
-            if high.max() - low.min() <= search.tolerance:
+            found = bounds.bound(mean[order], trials[order], beta, end=is_rest)  # lower of the best, upper of the rest
+            weakest, strongest = int(found[:count].argmin()), count + int(found[count:].argmax())
+            if found[strongest] - found[weakest] <= search.tolerance:
                 break
-            self._ask([rules[top[low.argmin()]], rules[rest[high.argmax()]]], search.batch)
-        return [rules[index] for index in top]
+            self._ask([rules[order[weakest]], rules[order[strongest]]], search.batch)
+        return [rules[index] for index in order[:count]]
 
     def _is_precise(self, rule: Rule, beam: int, candidates: int) -> bool:
         """Tell whether a rule's precision reaches the threshold, asking until that is clear."""

@@ -29,12 +29,12 @@ def divergence(p: Array, q: Array) -> Array:
 
 def upper(mean: Array | float, trials: Array | float, beta: Array | float) -> Array:
     """Return the largest probability that the trials leave possible; 1 without trials."""
-    return _bound(mean, trials, beta, end=1.0)
+    return bound(mean, trials, beta, end=1.0)
 
 
 def lower(mean: Array | float, trials: Array | float, beta: Array | float) -> Array:
     """Return the smallest probability that the trials leave possible; 0 without trials."""
-    return _bound(mean, trials, beta, end=0.0)
+    return bound(mean, trials, beta, end=0.0)
 
 
 def exploration(arms: int, round_: int, delta: float) -> float:
@@ -43,24 +43,29 @@ def exploration(arms: int, round_: int, delta: float) -> float:
     return level + math.log(level)
 
 
-def _bound(mean: Array | float, trials: Array | float, beta: Array | float, end: float) -> Array:
-    """Solve kl(p̂ ‖ q) = β/n between the mean and the end by Newton's method.
+def bound(mean: Array | float, trials: Array | float, beta: Array | float, end: Array | float) -> Array:
+    """Return the bound on the side of an end: `upper` where it is 1, `lower` where it is 0.
 
-    The divergence is convex and, by Pinsker, at least 2 (q − p̂)²: from p̂ ± √(β/2n) the steps come nearer from outside
-    alone, so that no step ends within what the trials leave possible.
+    Newton's method solves kl(p̂ ‖ q) = β/n. The divergence is convex and, by Pinsker, at least 2 (q − p̂)²: from
+    p̂ ± √(β/2n) the steps come nearer from outside alone, so that none ends within what the trials leave possible.
     """
-    p, n, level = np.broadcast_arrays(*(np.asarray(value, dtype=np.float64) for value in (mean, trials, beta)))
-    room = np.where(n > 0, level / np.maximum(n, 1), 1.0)
+    p, n, sides = (np.asarray(value, dtype=np.float64) for value in (mean, trials, end))
+    room = np.where(n > 0, beta / np.maximum(n, 1), 1.0)
     rest = -_plogp(p) - _plogp(1 - p) + room
-    q = np.clip(p + (2 * end - 1) * np.sqrt(room / 2), TINY, 1 - TINY)
+    q = _inside(p + (2 * sides - 1) * np.sqrt(room / 2))
     for _ in range(STEPS):
         slope = (q - p) / (q * (1 - q))
         excess = -p * np.log(q) - (1 - p) * np.log1p(-q) - rest
-        q = np.clip(q - excess / np.where(slope == 0, np.inf, slope), TINY, 1 - TINY)
+        q = _inside(q - excess / np.where(slope == 0, np.inf, slope))
         if excess.max() < EXACT:
             break
-    return np.where((n <= 0) | (p == end), end, q)
+    return np.where((n <= 0) | (p == sides), sides, q)
 
 
 def _plogp(p: Array) -> Array:
-    return np.asarray(p * np.log(np.clip(p, TINY, 1)))
+    return np.asarray(p * np.log(np.maximum(p, TINY)))
+
+
+def _inside(q: Array) -> Array:
+    """Return probabilities that have a logarithm."""
+    return np.minimum(np.maximum(q, TINY), 1 - TINY)

@@ -175,21 +175,25 @@ class Predicates(Domain):
         self._high = table.columns[self._stop - 1, self._feature]
 
     def sample(self, fixed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = self._drawn(*self._ranges(fixed), generator)
+        rows = self.recipes(fixed, 1, generator)
         return self._present(rows).cpu(), rows
 
     def recipes(self, fixed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        start, stop = (edge.repeat_interleave(count, 0) for edge in self._ranges(fixed))
-        return self._drawn(start, stop, generator)
-
-    def _drawn(self, start: Tensor, stop: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw training rows, and anew those features that are not in their ranges [start, stop) of each column."""
-        table = self._table
-        rows = table.training[torch.randint(len(table.training), (len(start),), generator=generator).to(start.device)]
-        chance = torch.rand(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
-        drawn = table.columns.gather(0, (start + chance * (stop - start)).long().clamp(max=len(table.columns) - 1))
-        keeps = (rows >= table.columns.gather(0, start)) & (rows <= table.columns.gather(0, stop - 1))
-        return torch.where(keeps, rows, drawn)
+        """Draw training rows, and anew those features of theirs that break what is fixed."""
+        table, fixed = self._table, fixed.to(self._table.row.device)
+        rows = table.training[
+            torch.randint(len(table.training), (len(fixed) * count,), generator=generator).to(fixed.device)
+        ]
+        held = self._feature[fixed.any(0)].unique()  # the features that something is said of: few
+        if not len(held):
+            return rows
+        start, stop = (edge[:, None, held] for edge in self._ranges(fixed))  # places of each column that are left
+        own = rows[:, held].view(len(fixed), count, -1)
+        keeps = (own >= table.columns[start, held]) & (own <= table.columns[stop - 1, held])
+        chance = torch.rand(own.shape, generator=generator, dtype=torch.float64).to(own.device)
+        drawn = table.columns[start + (chance * (stop - start)).long(), held]
+        rows[:, held] = torch.where(keeps, own, drawn).flatten(0, 1)
+        return rows
 
     def build(self, recipe: Tensor) -> Batch:
         return recipe.to(self._like)
@@ -211,8 +215,8 @@ class Predicates(Domain):
         return start, stop
 
     def _present(self, rows: Tensor) -> Tensor:
-        values = rows[:, self._feature]
-        return (values >= self._low) & (values <= self._high)
+        values = rows.T.contiguous()[self._feature]
+        return ((values >= self._low[:, None]) & (values <= self._high[:, None])).T
 
 
 def groups_of(subject: Subject, segments: Any = "slic", hide: Any = None) -> Groups:
