@@ -123,6 +123,7 @@ BAD = {
     "an optimizer behind something else": (["--optimizer", "arsg+adam"], "only +kfac may follow"),
     "AdaHessian behind K-FAC": (["--optimizer", "adahessian+kfac"], "would divide by the curvature twice; give"),
     "an unknown solver": (["--solver", "qr"], "unknown solver 'qr'"),
+    "an unknown sharing": (["--sharing", "sum"], "sharing is 'sum'; give 'expand' or 'reduce'"),
     "an unknown contestant": (["--contestants", "all"], "unknown contestants 'all'"),
     "an unknown device": (["--device", "abacus"], "unknown device 'abacus'"),
     "negative damping": (["--damping", "-0.1"], "damping is -0.1; give a positive number"),

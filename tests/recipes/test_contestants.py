@@ -77,9 +77,21 @@ def test_options_of_kfac_out_of_range_are_refused_by_name(option: str, value: fl
         Preconditioning(**{option: value})  # type: ignore[arg-type]
 
 
+def test_the_sharing_asked_for_is_that_of_the_factors() -> None:
+    model = nn.Linear(2, 2)
+    for sharing in ("expand", "reduce"):
+        contestant = Contestant("sgd", 0.1, preconditioning=Preconditioning(sharing=sharing))
+        preconditioner = contestant.build_preconditioner(model, contestant.build_optimizer(model), seed=0)
+        assert preconditioner is not None
+        assert preconditioner.factors.label.sharing == sharing
+        preconditioner.close()
+
+
 def test_unknown_choices_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigurationError, match="unknown solver 'qr'; choose from eigen, chol"):
         Preconditioning(solver="qr")
+    with pytest.raises(ConfigurationError, match="sharing is 'sum'; give 'expand' or 'reduce'"):
+        Preconditioning(sharing="sum")
     with pytest.raises(ConfigurationError, match="unknown optimizer 'lion'; choose from sgd, ada"):
         Contestant("lion", 0.1)
 

@@ -160,6 +160,9 @@ def train(
     solver: Annotated[
         str | None, option("eigen, cholesky, ekfac or sqrt_ekfac [digits: cholesky; eigen]", panel=KFAC)
     ] = None,
+    sharing: Annotated[
+        str | None, option("Positions that share weights: expand, or reduce for sums over them [expand]", panel=KFAC)
+    ] = None,
     threads: Annotated[int | None, option("Processor threads [digits: 1; PyTorch's choice]", panel=MACHINE)] = None,
     device: Annotated[str | None, option("cpu or cuda [cpu]", panel=MACHINE)] = None,
     precision: Annotated[str | None, option("float32, or bfloat16 for autocast [float32]", panel=MACHINE)] = None,

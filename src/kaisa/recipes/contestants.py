@@ -13,7 +13,8 @@ import kaisa
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.collectives import Collectives
 from kaisa.kfac.coverage import unwrapped
-from kaisa.kfac.options import for_the_planner
+from kaisa.kfac.layers import EXPAND, REDUCE
+from kaisa.kfac.options import for_the_planner, one_of
 from kaisa.kfac.placement import COMM_OPT
 from kaisa.kfac.planner import parse_bytes
 from kaisa.optim import ARSG, RSG, AdaHessian
@@ -36,8 +37,9 @@ WARM_UP = 0.05  # the share of the steps over which the learning rate rises
 class Preconditioning:
     """The options of K-FAC that the recipes offer; see `kaisa.KFACPreconditioner`.
 
-    A `kl_clip` of 0 is none; a `memory_budget` is for a `grad_worker_fraction` of "auto"; `parts` are names of modules,
-    divided by commas, to precondition those alone: roi_heads is also what stands inside any other module.
+    `sharing` is for weights that several positions share; a `kl_clip` of 0 is none; a `memory_budget` is for a
+    `grad_worker_fraction` of "auto"; `parts` are names of modules, divided by commas, to precondition those alone:
+    roi_heads is also what stands inside any other module.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -49,6 +51,7 @@ class Preconditioning:
     factor_decay: float = 0.95
     kl_clip: float = 0.001
     solver: str = "eigen"
+    sharing: str = EXPAND
     grad_worker_fraction: str | float = COMM_OPT
     memory_budget: str | None = None
     parts: str | None = None
@@ -64,6 +67,7 @@ class Preconditioning:
         Schedule("kl-clip", self.kl_clip, NON_NEGATIVE)
         if self.solver not in SOLVERS:
             raise ConfigurationError(f"unknown solver {self.solver!r}; choose from {', '.join(SOLVERS)}")
+        one_of("sharing", self.sharing, (EXPAND, REDUCE))
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Contestant:
             factor_decay=options.factor_decay,
             kl_clip=options.kl_clip or None,
             solver=options.solver,
+            sharing=options.sharing,
             seed=seed,
             grad_worker_fraction=options.grad_worker_fraction,
             memory_budget=options.memory_budget,
