@@ -211,7 +211,7 @@ class Hunt:
             self._ask(fresh, search.batch)
         if count == len(rules):
             return list(rules)
-        is_rest = np.arange(len(rules)) >= count
+        is_rest = (np.arange(len(rules)) >= count).astype(np.float64)
         for round_ in range(1, 100_000):
             mean, trials = self._statistics(rules)
             beta = bounds.exploration(len(rules), round_, search.delta)
