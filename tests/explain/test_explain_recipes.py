@@ -119,10 +119,19 @@ def test_a_mask_in_a_text_is_the_token_that_is_looked_for(told: Any, runs: dict[
     trained = read_trained(runs["bert"])
     tokens = trained.vocabulary().tokens
     text = torch.tensor([[tokens.index(word) for word in ("a", "<mask>", "saw", "the", "eel")]])
-    with torch.no_grad():
-        found = int(trained.model(text)[0, 1].argmax())
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    trained.model.get_submodule("tokens").register_forward_hook(keep)
+    best = trained.model(text)[0, 1].max(0)
+    best.values.backward()
     masked = told("bert", "a [MASK] saw the eel", "--method", "saliency")
-    assert masked["target"] == [found]
+    assert masked["target"] == [int(best.indices)]
+    assert embedded[0].grad is not None
+    assert torch.allclose(numbers(masked["values"]).float(), embedded[0].grad.norm(dim=-1), rtol=1e-4)
     assert masked["details"]["position"] == 1
     assert masked["names"] == [["a", "<mask>", "saw", "the", "eel"]]
     placed = told("bert", "a cat saw the eel", "--method", "saliency", "--position", "1")

@@ -126,7 +126,14 @@ class Question:
         # Names of the tokens of a single text are names of features, too.
         names = posed.names[0] if len(posed.names) == 1 else posed.names
         explanation = explained(
-            posed.model, posed.inputs, method.name, posed.target, names=names, seed=self.seed, **options[method.name]
+            posed.model,
+            posed.inputs,
+            method.name,
+            posed.target,
+            names=names,
+            seed=self.seed,
+            batch_size=posed.batch_size,
+            **options[method.name],
         )
         return posed.named(explanation)
 
@@ -140,6 +147,7 @@ class Question:
                 options=options,
                 effort=Effort(baseline=posed.blank),
                 seed=self.seed,
+                batch_size=posed.batch_size,
                 progress=report,
             )
         return Comparison(tuple(posed.named(explanation) for explanation in compared))

@@ -27,6 +27,7 @@ from kaisa.recipes.unet import GRAIN, LEVELS
 
 OBJECT, BACKGROUND = "object", "background"
 SIDES = (BACKGROUND, OBJECT)
+PIXELS_AT_ONCE = 2**20  # images are whole here, and what a U-Net keeps for gradients is many times as large
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Masks(Source):
         self.run.model.register_forward_hook(_OverRegion(region))
         target = one_or_all(sides) if sides or place.box else SIDES.index(OBJECT)
         labels = tuple(f"{side}{words}" for side in SIDES)
-        return Posed(self.run.model, images, target, labels)
+        pixels = 1 if images is None else images.shape[2:].numel()
+        return Posed(
+            self.run.model, images, target, labels, batch_size=max(1, min(Posed.batch_size, PIXELS_AT_ONCE // pixels))
+        )
 
     def options(self, method: Method, posed: Posed, given: Mapping[str, Any]) -> dict[str, Any]:
         if method.scope == "examples":

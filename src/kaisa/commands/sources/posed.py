@@ -80,6 +80,7 @@ class Posed:
         names: tokens of each input, as they are shown.
         details: what an explanation should tell besides.
         blank: what stands for a place of an input that is taken away.
+        batch_size: how many inputs the model sees at once.
         hook: what makes one score for each target of the model's own outputs.
     """
 
@@ -90,6 +91,7 @@ class Posed:
     names: tuple[tuple[str, ...], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     blank: float = 0.0
+    batch_size: int = 64
     hook: RemovableHandle | None = None
 
     def named(self, explanation: Explanation) -> Explanation:

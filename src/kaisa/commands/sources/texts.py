@@ -66,9 +66,8 @@ class Texts(Source):
         hook = self.run.model.register_forward_hook(_AtPosition(self._output(position)))
         names = tuple(tuple(shown(vocabulary.tokens[token]) for token in row) for row in tokens.tolist())
         labels = tuple(shown(token) for token in vocabulary.tokens)
-        return Posed(
-            self.run.model, tokens, target, labels, names, {"position": position}, self._blank(vocabulary), hook
-        )
+        blank = self._blank(vocabulary)
+        return Posed(self.run.model, tokens, target, labels, names, {"position": position}, blank, hook=hook)
 
     def options(self, method: Method, posed: Posed, given: Mapping[str, Any]) -> dict[str, Any]:
         if method.scope == "global" or method.name == "scorecam":
