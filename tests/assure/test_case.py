@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from kaisa.assure.case import Case, Edge, Figure, Node, read_case
+from kaisa.assure.case import Case, Edge, Figure, Node, read_case, say_number
 from kaisa.assure.case_drawing import draw_case
 from kaisa.assure.case_notations import to_gsn2x, to_mermaid
 from kaisa.assure.exhibits import Exhibit, digest_bytes, digest_file, find_double_use, read_exhibit, write_exhibit
@@ -181,11 +181,17 @@ def test_yaml_for_gsn2x_says_what_the_case_says(case: Case) -> None:
     assert value["G1"] == {"text": 'The "system" is safe: 1 < 2', "supportedBy": ["S1"], "inContextOf": ["C1"]}
     assert value["G2"]["text"] == "Confidence (found: 0.97, needed: ≥ 0.95)"
     assert value["Sn1"]["url"] == "e.json"
-    assert value["CG1"]["challenges"] == ["G2"]
+    assert value["CG1"]["challenges"] == "G2"  # as in the documents of gsn2x, one element and no list
     assert "defeated" not in value["G2"]
     assert value["S1"]["defeated"]
-    assert value["CG-Doubt"]["challenges"] == ["S1"]
+    assert value["CG-Doubt"]["challenges"] == "S1"
     assert set(value) == {"module", "CG-Doubt", *case.nodes} - {"Doubt"}
+
+
+def test_a_figure_just_below_1_is_not_shown_as_1(case: Case) -> None:
+    assert [say_number(value) for value in (1.0, 1 - 1e-9, 0.97, 1e-140)] == ["1", "1 − 1.0e-09", "0.97", "1e-140"]
+    change(case, "G2", figure=Figure(1 - 1e-9, 0.95))
+    assert yaml.safe_load(to_gsn2x(case))["G2"]["text"] == "Confidence (found: 1 − 1.0e-09, needed: ≥ 0.95)"
 
 
 def test_mermaid_has_every_node_and_edge_once(case: Case) -> None:

@@ -63,6 +63,12 @@ class Figure:
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
+def say_number(value: float) -> str:
+    """Return a number in six digits, but none below 1 as 1."""
+    text = f"{value:.6g}"
+    return f"1 − {1 - value:.1e}" if text == "1" and value < 1 else text
+
+
 @dataclass(frozen=True)
 class Node:
     """An element of the argument.
@@ -209,7 +215,7 @@ class Case:
                     yield Problem(node.name, f"{node.name} claims nothing: {figure.note}")
                 else:
                     sign = "at most" if figure.at_most else "at least"
-                    found = f"{node.name} is {figure.value:.6g}; it has to be {sign} {figure.target:g}"
+                    found = f"{node.name} is {say_number(figure.value)}; it has to be {sign} {figure.target:g}"
                     yield Problem(node.name, f"{found} ({node.text})")
 
     def _open_defeaters(self) -> Iterator[Problem]:

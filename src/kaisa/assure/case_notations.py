@@ -6,7 +6,7 @@ import json
 import re
 from typing import Literal
 
-from kaisa.assure.case import Case, Node
+from kaisa.assure.case import Case, Node, say_number
 
 Notation = Literal["gsn", "cae"]
 
@@ -55,7 +55,7 @@ def say(node: Node) -> str:
     """Return the text of a node with its figure."""
     if node.figure is None:
         return node.text
-    found = "void" if node.figure.value is None else f"{node.figure.value:.6g}"
+    found = "void" if node.figure.value is None else say_number(node.figure.value)
     if node.figure.target is None:
         return f"{node.text} (found: {found})"
     sign = "≤" if node.figure.at_most else "≥"
@@ -73,7 +73,9 @@ def to_gsn2x(case: Case) -> str:
             ("inContextOf", [child.name for child in case.children(node.name, "in_context_of")]),
             ("challenges", [edge.end for edge in case.edges if (edge.start, edge.kind) == (node.name, "challenges")]),
         ):
-            lines += [f"  {key}: [{', '.join(names[other] for other in others)}]"] if others else []
+            listed = ", ".join(names[other] for other in others)
+            is_list = key != "challenges" or len(others) > 1  # what is challenged is written without brackets
+            lines += [f"  {key}: [{listed}]" if is_list else f"  {key}: {listed}"] if others else []
         if node.kind in ("goal", "strategy") and not case.children(node.name):
             lines.append("  undeveloped: true")
         if any(not defeater.answer for defeater in case.challengers(node.name)):

@@ -126,7 +126,7 @@ def _try_out(evidence: Evidence, network: Network, data: Path | None, used: Mapp
             "them out, since they say nothing of what it has not seen"
         )
     made = _count(evidence.data or "what the run was tested on", [demand.failed for demand in demands], evidence)
-    judged = f" (a demand fails by {network.criterion.describe()})" if network.criterion.given else ""
+    judged = f", judged by {network.criterion.describe()}" if network.criterion.given else ""
     further = ["That none of them was learned from is taken on trust: they could not be compared."] * (learned is None)
     further += ["The run was tested on them as it went on; nothing was chosen by that."] * evidence.tests
     return replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from kaisa.assure.case import Case, Node, Problem
+from kaisa.assure.case import Case, Node, Problem, say_number
 from kaisa.assure.case_drawing import draw_case
 from kaisa.assure.case_file import STAGES
 from kaisa.assure.case_notations import Notation
@@ -149,7 +149,7 @@ def _claim_row(result: Result) -> str:
     bar += f"<em style='left:{_percent(target.target / scale)}'></em></span>"
     row = "met" if result.is_met else "missed"
     state = "<span class='ok'>reached</span>" if result.is_met else "<span class='no'>missed</span>"
-    value = "void" if claim.void else f"{claim.value:.6g}"
+    value = "void" if claim.void else say_number(claim.value)
     return (
         f"<tr class='{row}'><td>{escape(words)}</td>"
         f"<td><b>{value}</b>{bar}</td><td class='short'>{'≤' if at_most else '≥'} {target.target:g}</td>"

@@ -126,12 +126,14 @@ def _folder(file: Path) -> Path:
 
 def _table(evaluation: Evaluation) -> Table:
     """Return the claims as a table."""
+    from kaisa.assure.case import say_number
+
     table = Table(box=None, pad_edge=False)
     for name in ("claim", "worst case", "target", ""):
         table.add_column(name, justify="left" if name in ("claim", "") else "right", overflow="fold")
     for result in evaluation.results:
         sign = "≤" if result.target.kind == "expected_pfd" else "≥"
-        value = "void" if result.claim.void else f"{result.claim.value:.6g}"
+        value = "void" if result.claim.void else say_number(result.claim.value)
         state = "[green]reached[/]" if result.is_met else "[red]missed[/]"
         table.add_row(result.claim.question.describe(), value, f"{sign} {result.target.target:g}", state)
     return table
