@@ -57,7 +57,8 @@ def figure(explanation: Drawable) -> Figure:
 
 
 def _title(explanation: Drawable) -> str:
-    target = "" if explanation.target is None else f", target {', '.join(map(str, explanation.target[:SHOWN]))}"
+    named = explanation.details.get("target_names", explanation.target)
+    target = "" if named is None else f", target {', '.join(map(str, named[:SHOWN]))}"
     figures = [f"{name} {figures[0]:.3g}" for name, figures in explanation.quality.items() if len(figures)]
     return f"{explanation.method}{target}" + (f"\n{'   '.join(figures)}" if figures else "")
 
@@ -121,19 +122,48 @@ def _bars(axis: Any, names: Sequence[str], values: Sequence[float]) -> None:
 
 
 def _features(explanation: Drawable) -> Figure:
-    values = explanation.values[:SHOWN]
-    names = explanation.names or tuple(f"x{index}" for index in range(values.shape[1]))
-    canvas, axes = _canvas(len(values), 1, 2 * PANEL, 0.6 + 0.22 * min(BARS, values.shape[1]))
-    for axis, value in zip(axes[:, 0], values, strict=True):
-        order = value.abs().argsort(descending=True)[:BARS].tolist()
-        _bars(axis, [str(names[index]) for index in order], value[order].tolist())
+    """Draw what speaks for and against the target, the strongest first, or how precise a rule is as it grows."""
+    bars = [_rule(explanation, row) or _strongest(explanation, row) for row in range(len(explanation.values[:SHOWN]))]
+    canvas, axes = _canvas(len(bars), 1, 2.2 * PANEL, 0.6 + 0.22 * max(map(len, bars)))
+    for row, (axis, named) in enumerate(zip(axes[:, 0], bars, strict=True)):
+        _bars(axis, [name for name, _ in named], [value for _, value in named])
+        if "rule" in _told(explanation, row):
+            axis.set(xlim=(0, 1))
+            axis.set_xlabel("precision", fontsize=8)
     return canvas
+
+
+def _rule(explanation: Drawable, row: int) -> list[tuple[str, float]]:
+    """Return what a rule says, with its precision up to there; nothing where the method gives none."""
+    told = _told(explanation, row)
+    if "rule" not in told:
+        return []
+    precisions = [prefix["precision"] for prefix in told["prefixes"]]
+    words = [f"and {part}" if place else part for place, part in enumerate(told["rule"])]
+    return list(zip(words, precisions, strict=True)) or [("whatever it is", explanation.quality["precision"][row])]
+
+
+def _strongest(explanation: Drawable, row: int) -> list[tuple[str, float]]:
+    """Return the largest values of an input, and in words what has them: features, or the terms of a model of some."""
+    value = explanation.values[row].tolist()
+    told = _told(explanation, row)
+    names = told.get("bins", explanation.names or [f"x{index}" for index in range(len(value))])
+    found = list(zip(map(str, names), value, strict=True))
+    if any(len(features) > 1 for features, _ in told.get("terms", ())):
+        found = [(" and ".join(str(names[index]) for index in features), weight) for features, weight in told["terms"]]
+    return sorted(found, key=lambda pair: -abs(pair[1]))[:BARS]
+
+
+def _told(explanation: Drawable, row: int) -> Mapping[str, Any]:
+    """Return what an explanation by perturbation tells of one input."""
+    told = explanation.details.get("inputs", ())
+    return told[row] if row < len(told) else {}
 
 
 def _tokens(explanation: Drawable) -> Figure:
     values = explanation.values[:SHOWN]
     lines = -(-values.shape[1] // WORDS)
-    canvas, axes = _canvas(len(values), 1, 3 * PANEL, 0.5 + 0.35 * lines)
+    canvas, axes = _canvas(len(values), 1, 3 * PANEL, 0.15 + 0.3 * lines)
     colours = load("matplotlib", "a drawing").colormaps["RdBu_r"]
     for row, (axis, value) in enumerate(zip(axes[:, 0], values, strict=True)):
         tokens = _tokens_of(explanation, row, len(value))
@@ -142,7 +172,9 @@ def _tokens(explanation: Drawable) -> Figure:
         axis.set_axis_off()
         for place, (token, weight) in enumerate(zip(tokens, value.tolist(), strict=False)):
             box = {"facecolor": colours(0.5 + 0.4 * weight / limit), "edgecolor": "none", "pad": 2}
-            axis.text(place % WORDS, place // WORDS + 0.5, _plain(token), fontsize=8, va="center", bbox=box)
+            ink = "white" if abs(weight) > 0.7 * limit else "black"
+            spot = (place % WORDS, place // WORDS + 0.5)
+            axis.text(*spot, _plain(token), fontsize=9, va="center", color=ink, bbox=box)
     return canvas
 
 
