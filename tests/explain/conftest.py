@@ -80,6 +80,11 @@ def rescaled(model: nn.Module, factor: float = 3.0) -> nn.Module:
 
 
 @pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
 def golden() -> dict[str, Any]:
     return json.loads((GOLDEN / "local.json").read_text())
 

@@ -14,11 +14,6 @@ from kaisa.explain.segments import superpixels
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def present() -> Tensor:
     """Samples of four features: all, half, one, none but one."""
     return torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 1, 1, 1], [0, 0, 0, 1]]).bool()

@@ -15,11 +15,6 @@ from kaisa.explain import Comparison, Effort, Explanation, compare, explain, mea
 EFFORT = Effort(changes=16, neighbours=2, points=6)
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 class Corner(nn.Module):
     """Says class 1 where the upper left corner is bright, and looks at nothing else."""
 

@@ -86,8 +86,8 @@ def coalitions(size: int, samples: int, generator: torch.Generator) -> tuple[Ten
     """
     if size == 1:
         return torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.float64)
-    mass = np.array([(size - 1) / (count * (size - count)) for count in range(1, size)])
-    mass /= mass.sum()  # the weight of all sets of each size together
+    mass = np.array([1 / (count * (size - count)) for count in range(1, size)])
+    mass /= mass.sum()  # the weight of all sets of each size together, up to what is the same for all sizes
     sets: list[Tensor] = []
     weights: list[Tensor] = []
     left, open_sizes = samples, list(range(1, size))
@@ -95,7 +95,7 @@ def coalitions(size: int, samples: int, generator: torch.Generator) -> tuple[Ten
         pair = sorted({count, size - count})
         needed = sum(math.comb(size, each) for each in pair)
         share = mass[[each - 1 for each in pair]].sum() / mass[[each - 1 for each in open_sizes]].sum()
-        if needed > left or left * share / needed < 1 - 1e-8:
+        if left * share / needed < 1 - 1e-8:  # fewer would be drawn than there are
             break
         for each in pair:
             sets.append(_all_sets(size, each))
