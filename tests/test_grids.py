@@ -91,9 +91,38 @@ def test_numbers_beyond_a_grid_get_its_ends() -> None:
     assert grid.decode(grid.encode(torch.tensor([-5.0, 5.0]))).tolist() == pytest.approx([-1.0, 1.0], abs=1e-6)
 
 
-def test_in_place_is_the_same() -> None:
-    x = torch.randn(20, 30, generator=generator())
-    grid: Grid = spanning(x.amin(1, keepdim=True), x.amax(1, keepdim=True), 15)
-    codes = grid.encode(x, generator=generator(1))
-    assert torch.equal(grid.encode_(x.clone(), generator=generator(1)), codes)
-    assert torch.equal(grid.decode(codes), grid.decode_(codes.clone()))
+@pytest.mark.parametrize("shape", [(20, 30), (7, 50_000), (200, 3000), (1, 200_000)])
+@pytest.mark.parametrize("make", ["rows", "columns", "one"])
+def test_one_pass_and_in_place_are_codes_and_back(shape: tuple[int, int], make: str) -> None:
+    x = torch.randn(shape, generator=generator())
+    if make == "one":
+        grid: Grid = aligned(x.amin(), x.amax(), 15)
+    else:
+        dimension = 1 if make == "rows" else 0
+        grid = spanning(x.amin(dimension, keepdim=True), x.amax(dimension, keepdim=True), 15)
+    expected = grid.decode(grid.encode(x, generator=generator(1)))
+    assert bool(((expected - x).abs() <= grid.step * 1.0001).all())
+    assert torch.equal(grid.rounded(x, generator=generator(1)), expected)
+    assert torch.equal(grid.round_(x.clone(), generator=generator(1)), expected)
+
+
+def test_any_two_numbers_of_noise_are_independent() -> None:
+    """χ² of the joint counts of 8 × 8 cells, for pairs that share a drawn number and pairs that do not."""
+    draws, own = 6400, generator()
+    noise = torch.stack([noise_like(torch.empty(64 * 16), own) for _ in range(draws)])
+    bins = (noise.long() + 2**15) // 2**13
+    pairs = [(0, 64), (0, 68), (64, 4), (960, 60), (0, 1), (0, 1023), (5, 69), (130, 70)]
+    for i, j in pairs:
+        counts = torch.bincount(bins[:, i] * 8 + bins[:, j], minlength=64).double()
+        chi = float(((counts - draws / 64).square() / (draws / 64)).sum())
+        assert 25 < chi < 120, (i, j)  # of 63 degrees; either is 1 in 10,000 or less
+
+
+def test_errors_of_noise_add_up_as_if_each_was_drawn() -> None:
+    y = torch.rand(16 * 256, generator=generator()) * 15
+    weights = torch.linspace(-1, 2, len(y)).double()
+    draws, own = 3000, generator(1)
+    sums = torch.stack([(round_at_random_(y.clone(), own).double() - y) @ weights for _ in range(draws)])
+    fraction = (y - y.floor()).double()
+    expected = float((fraction * (1 - fraction) * weights.square()).sum())
+    assert float(sums.var()) == pytest.approx(expected, rel=5 * (2 / draws) ** 0.5)

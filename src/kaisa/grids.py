@@ -9,25 +9,33 @@ messages both stand on this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# Noise is drawn four numbers to a word: odd multiples of 2⁻¹⁶ between −½ and ½, symmetric, exact beside any code of 8
-# bits, and never so large that it moves an integer.
-_SHARE = 4
+# Noise is of odd multiples of 2⁻¹⁶ between −½ and ½: symmetric, exact beside any code of 8 bits, and never so large
+# that it moves an integer. Words are drawn at random and hold four of them.
 _ODD = 0x0001_0001_0001_0001
+_SHARE = 4
 _UNIT = 2.0**-16
-_CACHED = 2**17  # numbers
+_SUMS = 16  # made of each first number
+_CACHED = 2**18  # numbers, with which two threads are busy
 
 
 def noise_like(y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return odd 16-bit integers in the shape of a tensor; times 2⁻¹⁶ they are spread evenly between −½ and ½."""
-    count = -(-y.numel() // _SHARE)
-    words = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, dtype=torch.int64, device=y.device)
-    return words.bitwise_or_(_ODD).view(torch.int16)[: y.numel()].view(y.shape)
+    """Return odd 16-bit integers in the shape of a tensor; times 2⁻¹⁶ they are spread evenly between −½ and ½.
+
+    To draw them is what rounding costs most, so that each is a sum modulo 2¹⁶ of two that are drawn, number i of row k
+    being aᵢ + bᵢ₊ₖ. Any two of the sums share at most one of their terms and are independent: whatever is linear in
+    the errors of rounding has the variance that it has with a draw for each.
+    """
+    count = -(-y.numel() // (_SHARE * _SUMS))
+    size = (2 * count + _SUMS - 1,)
+    words = torch.randint(-(2**63), 2**63 - 1, size, generator=generator, dtype=torch.int64, device=y.device)
+    a = words[:count].bitwise_or_(_ODD).view(torch.int16)
+    b = words[count:].bitwise_and_(~_ODD).view(torch.int16)
+    return (a + b.unfold(0, len(a), _SHARE)).view(-1)[: y.numel()].view(y.shape)
 
 
 def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -37,17 +45,19 @@ def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Ten
         y: numbers of at most 2⁸; of larger ones the resolution of their type is what noise loses.
         generator: on their device; None for that of torch.
     """
-    for part in _parts(y):
-        part.add_(noise_like(part, generator), alpha=_UNIT).round_()
-    return y
+    return y.add_(noise_like(y, generator), alpha=_UNIT).round_()
 
 
-def _parts(y: Tensor) -> Sequence[Tensor]:
-    """Return views of a tensor whose noise fits into the cache of a processor; the whole elsewhere."""
-    if y.device.type != "cpu" or torch.compiler.is_compiling() or not y.is_contiguous():
-        return (y,)
-    parts: Sequence[Tensor] = y.view(-1).split(_CACHED)
-    return parts
+def parts_of(x: Tensor) -> list[slice]:
+    """Return slices of rows that stay in a processor's cache while several operations pass over them.
+
+    Elsewhere, and for the compiler, it is one slice of all. A part has itself for its parts, so that whoever goes
+    through those of a tensor draws the same noise for it.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.ndim == 0 or x.numel() <= _CACHED:
+        return [slice(None)]
+    height = max(1, _CACHED // (x.numel() // len(x)))
+    return [slice(first, first + height) for first in range(0, len(x), height)]
 
 
 @dataclass(frozen=True)
@@ -68,26 +78,48 @@ class Grid:
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return where numbers lie between the codes, as a new tensor."""
-        return x / self.step if self.zero is None else (x - self.zero).div_(self.step)
+        rate = self.step.reciprocal()  # a product takes half the time of a quotient
+        return x * rate if self.zero is None else (x - self.zero).mul_(rate)
 
     def encode(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Return the codes of numbers, integers in their floating-point type; those beyond the grid get its ends."""
-        return self._round_(self.coordinates(x), stochastic, generator)
-
-    def encode_(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """Make codes of numbers in their place; see `encode`."""
-        y = x if self.zero is None else x.sub_(self.zero)
-        return self._round_(y.div_(self.step), stochastic, generator)
+        result = torch.empty_like(x)
+        for rows in parts_of(x):
+            own = self.of(rows)
+            result[rows] = own._round_(own.coordinates(x[rows]), stochastic, generator)
+        return result
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the numbers of codes."""
         x = codes * self.step
         return x if self.zero is None else x.add_(self.zero)
 
-    def decode_(self, codes: Tensor) -> Tensor:
-        """Make numbers of codes in their place."""
-        x = codes.mul_(self.step)
-        return x if self.zero is None else x.add_(self.zero)
+    def rounded(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Return ``decode(encode(x))``, in one pass through memory."""
+        return self._round_into(torch.empty_like(x), x, stochastic, generator)
+
+    def round_(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Make ``decode(encode(x))`` in the place of x."""
+        return self._round_into(x, x, stochastic, generator)
+
+    def of(self, rows: slice) -> Grid:
+        """Return the grid of some rows."""
+        if self.step.ndim < 2 or len(self.step) == 1:
+            return self
+        return replace(self, step=self.step[rows], zero=None if self.zero is None else self.zero[rows])
+
+    def _round_into(self, result: Tensor, x: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
+        inverse = replace(self, step=self.step.reciprocal())
+        for rows in parts_of(x):
+            own, rate, y = self.of(rows), inverse.of(rows).step, result[rows]
+            if own.zero is None:
+                torch.mul(x[rows], rate, out=y)
+            else:
+                torch.sub(x[rows], own.zero, out=y).mul_(rate)
+            own._round_(y, stochastic, generator).mul_(own.step)
+            if own.zero is not None:
+                y.add_(own.zero)
+        return result
 
     def _round_(self, y: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
         codes = round_at_random_(y, generator) if stochastic else y.round_()

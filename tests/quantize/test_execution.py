@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kaisa import grids
 from kaisa.errors import DifferentiationError
 from kaisa.optim import AdaHessian
-from kaisa.quantize import QuantConfig, execution, prepare, set_mode
+from kaisa.quantize import QuantConfig, execution, prepare, reflections, set_mode
 from kaisa.quantize.quantizers import encode
 
 QUANTIZERS = ("ptq", "psq", "bhq")
@@ -163,9 +164,11 @@ def test_adahessian_is_told_that_integers_have_no_second_derivative() -> None:
         optimizer.backward(layer(torch.randn(5, 24)).square().sum())
 
 
-def test_rows_in_parts_are_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, layer, x = {"quantizer": "psq"}, nn.Linear(24, 10), torch.randn(33, 24)
-    whole = both(config, layer, x)[1]
-    monkeypatch.setattr(execution, "CACHED", 50)
-    parts = both(config, layer, x)[1]
-    assert all(torch.equal(own, other) for own, other in zip(parts, whole, strict=True))
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_in_parts_the_results_are_those_of_the_simulation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "_CACHED", 100)
+    monkeypatch.setattr(reflections, "_CACHED", 33 * 4)
+    assert len(grids.parts_of(torch.empty(33, 24))) == 9
+    simulated, executed = both({"quantizer": kind}, nn.Linear(24, 10), torch.randn(33, 24))
+    for own, other in zip(executed, simulated, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=2e-6 * other.abs().max().item())

@@ -143,7 +143,7 @@ def test_codes_and_grid_give_back_what_quantize_returns(count: int, size: int, s
     assert torch.equal(encoded.codes, encoded.codes.round())
     assert bool(((encoded.codes >= low) & (encoded.codes <= low + 2**bits - 1)).all())
     assert torch.equal(encoded.restored(), quantize(x, kind, bits, generator=generator(seed)))
-    assert torch.equal(encoded.values(), encoded.restored_())
+    assert torch.equal(encoded.values(), encoded.restored())
 
 
 def test_zero_stays_zero_per_tensor() -> None:

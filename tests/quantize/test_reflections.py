@@ -59,7 +59,7 @@ def test_golden_groups_and_matrices_come_out(name: str) -> None:
     transform = reflections_for(torch.tensor(case["ranges"]))
     for group in case["groups"]:
         assert {int(transform.group[row]) for row in group} == {int(transform.group[group[0]])}
-        assert int(transform.large[transform.group[group[0]]]) == group[0]
+        assert int(transform.members[transform.starts[transform.group[group[0]]]]) == group[0]
     assert len(set(transform.group.tolist())) == case["num_groups"]
     expected = torch.tensor(case["T"])
     torch.testing.assert_close(dense(transform), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -130,8 +130,8 @@ def test_factors_are_those_of_inputs_and_gradients_before_they_are_rounded(model
 
 def test_kfac_preconditions_the_gradients_of_few_bits(model: nn.Module) -> None:
     prepare(model, QuantConfig(gradient_bits=4))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    kfac = kaisa.KFACPreconditioner(model, optimizer, factor_update_steps=1, inv_update_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kfac = kaisa.KFACPreconditioner(model, optimizer, factor_update_steps=1, inv_update_steps=2, damping=0.03)
     first = loss_of(model).item()
     for _ in range(20):
         optimizer.zero_grad()

@@ -12,26 +12,23 @@ Where that cannot be, the product is one of floats, with the same quantised numb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kaisa.grids import Grid
+from kaisa.grids import Grid, parts_of
 from kaisa.quantize.config import INT8, SIMULATE, QuantConfig
-from kaisa.quantize.quantizers import grid_of, matrix_of
-from kaisa.quantize.reflections import Reflections, reflections_of
+from kaisa.quantize.quantizers import grid_of, matrix_of, transformed
+from kaisa.quantize.reflections import Reflections
 from kaisa.quantize.rounding import Branches, Rounding
 
 Ranges = tuple[Tensor, Tensor]
 
 WORTHWHILE = 2**22
 """Multiplications in a product from which on "auto" has it in integers."""
-
-CACHED = 2**18
-"""Numbers that a processor's cache holds besides their codes."""
 
 LEAST_SIDE = 64
 """The least length of a side of a product for "auto"."""
@@ -96,33 +93,14 @@ def codes_of(rows: Tensor, grid: Grid, bits: int, columns: int, *, stochastic: b
     """Return the codes of a matrix on a grid, as 8-bit integers with a number of columns."""
     moved = grid.low + 2 ** (bits - 1)
     values = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    for part in _parts_of(rows):
-        values[part] = _rows_of(grid, part).encode(rows[part], stochastic=stochastic).sub_(moved)
+    for part in parts_of(rows):
+        values[part] = grid.of(part).encode(rows[part], stochastic=stochastic).sub_(moved)
     values = values.view(-1, columns)
     offset = grid.step * moved if grid.zero is None else grid.zero + grid.step * moved
     repeats = len(values) // max(1, len(rows))
     if grid.step.ndim == 2 and len(grid.step) > 1 and repeats > 1:
         return Codes(values, grid.step.repeat_interleave(repeats, 0), offset.repeat_interleave(repeats, 0))
     return Codes(values, grid.step, offset)
-
-
-def _parts_of(rows: Tensor) -> list[slice]:
-    """Return slices of rows that stay in the processor's cache while several operations pass over them.
-
-    They are multiples of 4 numbers where they can be, so that noise, drawn 4 to a word, does not depend on them.
-    """
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(None)]
-    height = max(1, CACHED // max(1, rows.shape[1]))
-    height = max(4, height // 4 * 4)
-    return [slice(first, first + height) for first in range(0, len(rows), height)]
-
-
-def _rows_of(grid: Grid, part: slice) -> Grid:
-    """Return the grid of some rows."""
-    if grid.step.ndim < 2 or len(grid.step) == 1:
-        return grid
-    return replace(grid, step=grid.step[part], zero=None if grid.zero is None else grid.zero[part])
 
 
 def _finished(sums: Tensor, step: Tensor, rows: Tensor, columns: Tensor, outer: Tensor | None = None) -> Tensor:
@@ -139,7 +117,7 @@ def _finished(sums: Tensor, step: Tensor, rows: Tensor, columns: Tensor, outer: 
         result = sums.to(step.dtype).mul_(step).add_(rows)
         return result.add_(columns if outer is None else outer * columns)
     result = sums.view(torch.float32)
-    for part in _parts_of(sums):
+    for part in parts_of(sums):
         own = result[part].copy_(sums[part]).mul_(step[part] if step.ndim else step).add_(rows[part])
         if outer is None:
             own.add_(columns)
@@ -259,9 +237,7 @@ def _with_columns(sums: Tensor, step: Tensor, rows: Tensor, offset: Tensor, colu
 
 def _encoded(gradient: Tensor, rounding: Rounding) -> tuple[Codes, Reflections | None]:
     """Return the codes of a gradient (batch, ..., out) with a row for each of the output's."""
-    matrix = matrix_of(gradient)
-    reflections = reflections_of(matrix) if rounding.kind == "bhq" else None
-    rows = matrix if reflections is None else reflections.apply(matrix)
+    rows, reflections = transformed(matrix_of(gradient), rounding.kind)
     grid = grid_of(rows, rounding.kind, rounding.bits)
     return codes_of(rows, grid, rounding.bits, gradient.shape[-1], stochastic=True), reflections
 

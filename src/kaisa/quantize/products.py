@@ -70,14 +70,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        for_input, for_weight = ctx.branches.split(gradient, input_wanted=of_x, weight_wanted=of_weight or of_bias)
-        rows = for_weight.reshape(-1, weight.shape[0])
-        return (
-            for_input @ weight if of_x else None,
-            rows.mT @ x.reshape(-1, weight.shape[1]) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-            None,
-        )
+        branches: Branches = ctx.branches
+        for_input = dx = dw = db = None
+        if of_x:
+            for_input = branches.for_input(gradient)
+            dx = for_input @ weight
+        if of_weight or of_bias:
+            rows = branches.for_weight(gradient, for_input).reshape(-1, weight.shape[0])
+            dw = rows.mT @ x.reshape(-1, weight.shape[1]) if of_weight else None
+            db = rows.sum(0) if of_bias else None
+        return dx, dw, db, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -97,11 +99,17 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, _, _ = ctx.needs_input_grad
-        for_input, for_weight = ctx.branches.split(gradient, input_wanted=of_x, weight_wanted=of_weight or of_bias)
-        if for_input is for_weight:
-            return *_gradients(for_input, x, weight, ctx.window, [of_x, of_weight, of_bias]), None, None
-        dx, _, _ = _gradients(for_input, x, weight, ctx.window, [of_x, False, False])
-        _, dw, db = _gradients(for_weight, x, weight, ctx.window, [False, of_weight, of_bias])
+        branches: Branches = ctx.branches
+        for_input = dx = dw = db = None
+        if of_x:
+            for_input = branches.for_input(gradient)
+            if branches.are_one:
+                return *_gradients(for_input, x, weight, ctx.window, [of_x, of_weight, of_bias]), None, None
+            dx, _, _ = _gradients(for_input, x, weight, ctx.window, [True, False, False])
+            for_input = None  # its memory serves the other
+        if of_weight or of_bias:
+            for_weight = branches.for_weight(gradient, for_input)
+            _, dw, db = _gradients(for_weight, x, weight, ctx.window, [False, of_weight, of_bias])
         return dx, dw, db, None, None
 
 

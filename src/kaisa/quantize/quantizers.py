@@ -53,7 +53,7 @@ def quantize(
         check(x, kind, bits)
         result: Tensor = _StraightThrough.apply(x, kind, bits, stochastic, generator)  # type: ignore[no-untyped-call]
         return result
-    return encode(x, kind, bits, stochastic=stochastic, generator=generator).restored_()
+    return rounded(x, kind, bits, stochastic=stochastic, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Encoded:
         codes: N × D integers of a floating-point type, from ``grid.low`` to ``grid.low + grid.bins``.
         grid: what the codes stand for.
         reflections: T, of which the codes are; None but for "bhq".
-        source: the tensor's shape, order of dimensions in memory, and type.
+        source: the tensor.
     """
 
     codes: Tensor
     grid: Grid
     reflections: Reflections | None
-    source: tuple[torch.Size, tuple[int, ...], torch.dtype]
+    source: Tensor
 
     def values(self) -> Tensor:
         """Return the numbers as an N × D matrix of the type that they are computed in."""
@@ -79,19 +79,7 @@ class Encoded:
 
     def restored(self) -> Tensor:
         """Return the numbers in the shape, type and strides of the tensor that was encoded."""
-        return self._shaped(self.values())
-
-    def restored_(self) -> Tensor:
-        """Return the same, made in the place of the codes, which are then used up."""
-        values = self.grid.decode_(self.codes)
-        return self._shaped(values if self.reflections is None else self.reflections.inverse_(values))
-
-    def _shaped(self, values: Tensor) -> Tensor:
-        shape, order, dtype = self.source
-        if not shape:
-            return values.to(dtype).reshape(shape)
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return values.to(dtype).reshape([shape[place] for place in order]).permute(back)
+        return _shaped(self.values(), self.source)
 
 
 @torch.no_grad()
@@ -119,17 +107,54 @@ def encode(
     Raises:
         ConfigurationError: see `quantize`; or ranges are given for another kind.
     """
+    rows, grid, reflections = _on_grid(x, kind, bits, ranges, aligned)
+    return Encoded(grid.encode(rows, stochastic=stochastic, generator=generator), grid, reflections, x)
+
+
+@torch.no_grad()
+def rounded(
+    x: Tensor,
+    kind: str,
+    bits: int,
+    *,
+    stochastic: bool = True,
+    generator: torch.Generator | None = None,
+    ranges: Ranges | None = None,
+    aligned: bool = True,
+) -> Tensor:
+    """Return ``encode(...).restored()``, in fewer passes through memory."""
+    rows, grid, reflections = _on_grid(x, kind, bits, ranges, aligned)
+    if reflections is None:
+        return _shaped(grid.rounded(rows, stochastic=stochastic, generator=generator), x)
+    return _shaped(reflections.inverse_(grid.round_(rows, stochastic=stochastic, generator=generator)), x)
+
+
+def _on_grid(
+    x: Tensor, kind: str, bits: int, ranges: Ranges | None, aligned: bool
+) -> tuple[Tensor, Grid, Reflections | None]:
+    """Return X, or for "bhq" T X, with its grid, and T."""
     check(x, kind, bits)
     if ranges is not None and kind != "ptq":
         raise ConfigurationError(f"ranges are given for kind {kind!r}; leave them out, or choose kind 'ptq'")
-    order = memory_order(x)
-    matrix = matrix_of(x)
-    reflections = reflections_of(matrix) if kind == "bhq" and matrix.numel() else None
-    rows = matrix if reflections is None else reflections.apply(matrix)
-    grid = grid_of(rows, kind, bits, ranges, aligned)
-    make = grid.encode if reflections is None else grid.encode_
-    codes = make(rows, stochastic=stochastic, generator=generator)
-    return Encoded(codes, grid, reflections, (x.shape, order, x.dtype))
+    rows, reflections = transformed(matrix_of(x), kind)
+    return rows, grid_of(rows, kind, bits, ranges, aligned), reflections
+
+
+def transformed(matrix: Tensor, kind: str) -> tuple[Tensor, Reflections | None]:
+    """Return the matrix, or for "bhq" T X, and T."""
+    if kind != "bhq" or not matrix.numel():
+        return matrix, None
+    reflections = reflections_of(matrix)
+    return reflections.apply(matrix), reflections
+
+
+def _shaped(values: Tensor, source: Tensor) -> Tensor:
+    """Return a matrix in the shape, type and strides of the tensor that it was made of."""
+    order = memory_order(source)
+    if not order:
+        return values.to(source.dtype).reshape(())
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return values.to(source.dtype).reshape([source.shape[place] for place in order]).permute(back)
 
 
 def grid_of(rows: Tensor, kind: str, bits: int, ranges: Ranges | None = None, aligned: bool = True) -> Grid:
@@ -183,7 +208,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kind: str, bits: int, stochastic: bool, generator: torch.Generator | None
     ) -> Tensor:
-        return encode(x, kind, bits, stochastic=stochastic, generator=generator).restored_()
+        return rounded(x, kind, bits, stochastic=stochastic, generator=generator)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

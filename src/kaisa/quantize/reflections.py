@@ -15,10 +15,11 @@ nothing here waits for the device. Source: arXiv 2010.14298; the rules for group
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # What the smallest range is raised to, of the largest: a row of equal numbers has no range, and any scale does for it.
@@ -35,44 +36,62 @@ class Reflections:
         scales: the diagonal of s (N × 1).
         shares: how much of its group's w is added to each row (N × 1).
         weights: the squared norms of T⁻¹'s columns (N × 1): what an error of a row of T X becomes in all of X.
-        large: the large row of each group; more places than groups, because their number is not known to the host.
-        roots: √n of each group, as a column.
+        members: the rows, group by group, the large one of each first (N).
+        starts: of each group, where its rows begin among the members; N for places without a group, which there are
+            because the number of groups is not known to the host.
+        parts: of each member, how much of it is in its group's w (N).
     """
 
     group: Tensor
     scales: Tensor
     shares: Tensor
     weights: Tensor
-    large: Tensor
-    roots: Tensor
+    members: Tensor
+    starts: Tensor
+    parts: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
         """Return T X of a matrix with a row a sample."""
-        return self._by_parts(torch.empty_like(x), x, lambda part: self._reflect_(part * self.scales))
+        result = torch.empty_like(x)
+        for target, part in _by_columns(result, x):
+            self._reflect(part * self.scales, target)
+        return result
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return T⁻¹ Y."""
-        return self._by_parts(torch.empty_like(y), y, lambda part: self._reflect_(part.clone()).div_(self.scales))
+        return self._inverse_into(torch.empty_like(y), y)
 
     def inverse_(self, y: Tensor) -> Tensor:
         """Make T⁻¹ Y of a matrix in its place."""
-        return self._by_parts(y, y, lambda part: self._reflect_(part.clone()).div_(self.scales))
+        return self._inverse_into(y, y)
 
     def inverse_transposed(self, x: Tensor) -> Tensor:
         """Return T⁻ᵀ X."""
-        return self._by_parts(torch.empty_like(x), x, lambda part: self._reflect_(part / self.scales))
-
-    def _by_parts(self, result: Tensor, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        width = _width(x)
-        for target, part in zip(result.split(width, 1), x.split(width, 1), strict=True):
-            target.copy_(change(part))
+        result = torch.empty_like(x)
+        for target, part in _by_columns(result, x):
+            self._reflect(part / self.scales, target)
         return result
 
-    def _reflect_(self, z: Tensor) -> Tensor:
-        z = z.contiguous()  # sums over rows are fast only there
-        w = z.new_zeros(len(self.large), z.shape[1]).index_add_(0, self.group, z)
-        w.div_(self.roots).sub_(z.index_select(0, self.large))
-        return z.addcmul_(self.shares, w.index_select(0, self.group))
+    def _inverse_into(self, result: Tensor, y: Tensor) -> Tensor:
+        back = self.scales.reciprocal()
+        for target, part in _by_columns(result, y):
+            z = part.clone(memory_format=torch.contiguous_format)
+            torch.mul(self._reflect(z, z), back, out=target)
+        return result
+
+    def _reflect(self, z: Tensor, result: Tensor) -> Tensor:
+        """Make Q Z, of a contiguous matrix, in another or in its place.
+
+        The sum over a group is what an embedding's bag is, which takes all threads; adding at indices takes one.
+        """
+        w = F.embedding_bag(self.members, z, self.starts, mode="sum", per_sample_weights=self.parts)
+        return torch.addcmul(z, self.shares, w.index_select(0, self.group), out=result)
+
+
+def _by_columns(result: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of both."""
+    width = _width(x)
+    yield from zip(result.split(width, 1), x.split(width, 1), strict=True)
 
 
 def _width(x: Tensor) -> int:
@@ -105,14 +124,27 @@ def reflections_for(ranges: Tensor) -> Reflections:
     sizes = (1 + ends[:places] - starts).clamp(1, count)
     first_small = sorted_ranges[(large_count + starts).clamp_max(count - 1)]
     scales = _scales(sorted_ranges[:places], first_small, sizes.to(ranges.dtype))
-    back = torch.empty_like(order).scatter_(0, order, positions)
-    return _in_rows(group[back], is_large[back], order[:places], sizes.to(ranges.dtype), scales)
+    # sorted by group a large row comes after those of the groups before it, a small one after its group's large one too
+    places_by_group = torch.where(is_large, positions + starts[group], group + 1 + small)
+    by_group = torch.empty_like(order).scatter_(0, places_by_group, positions)
+    firsts = (positions[:places] + starts).clamp_max(count)
+    return _in_rows(order, by_group, firsts, group, is_large, sizes.to(ranges.dtype), scales)
 
 
 def _in_rows(
-    group: Tensor, is_large: Tensor, large: Tensor, sizes: Tensor, scales: tuple[Tensor, Tensor]
+    order: Tensor,
+    by_group: Tensor,
+    firsts: Tensor,
+    group: Tensor,
+    is_large: Tensor,
+    sizes: Tensor,
+    scales: tuple[Tensor, Tensor],
 ) -> Reflections:
-    """Return what is known of groups as what each row needs."""
+    """Return what is known of rows sorted by range, and of groups, as what each row needs."""
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    parts = sizes.rsqrt()[group] - is_large.to(sizes.dtype)
+    members, parts = order[by_group], parts[by_group]
+    group, is_large = group[back], is_large[back]
     n, s1, s2 = (values[group] for values in (sizes, *scales))
     errors1, errors2 = s1.square().reciprocal(), s2.square().reciprocal()
     small_share = -1 / torch.where(n > 1, n.sqrt() - 1, 1)
@@ -123,8 +155,9 @@ def _in_rows(
         scales=torch.where(is_large, s1, s2).unsqueeze(1),
         shares=torch.where(is_large, 1, small_share).unsqueeze(1),
         weights=torch.where(is_large, in_large, in_small).unsqueeze(1),
-        large=large,
-        roots=sizes.sqrt().unsqueeze(1),
+        members=members,
+        starts=firsts,
+        parts=parts,
     )
 
 

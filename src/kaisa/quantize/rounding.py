@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kaisa.quantize.quantizers import encode, quantize
+from kaisa.quantize import quantizers
+from kaisa.quantize.quantizers import quantize
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,15 @@ class Branches:
             return self.inputs is self.weights
         return self.inputs.kind == self.weights.kind and self.inputs.bits == self.weights.bits
 
-    def split(self, gradient: Tensor, *, input_wanted: bool, weight_wanted: bool) -> tuple[Tensor, Tensor]:
-        """Return the gradient for the input and that for the weight; of one that is not wanted, as it came."""
-        for_input = for_weight = gradient
-        if input_wanted and self.inputs is not None:
-            for_input = self.inputs(gradient)
-        if weight_wanted and self.weights is not None:
-            for_weight = for_input if self.are_one and input_wanted else self.weights(gradient)
-        return for_input, for_weight
+    def for_input(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of which that of the input is made."""
+        return gradient if self.inputs is None else self.inputs(gradient)
+
+    def for_weight(self, gradient: Tensor, for_input: Tensor | None) -> Tensor:
+        """Return the gradient of which those of weight and bias are made; ``for_input`` if it serves both."""
+        if self.weights is None:
+            return gradient
+        return for_input if for_input is not None and self.are_one else self.weights(gradient)
 
 
 NOT_QUANTIZED = Branches(None, None)
@@ -71,8 +73,8 @@ def rounded(x: Tensor, bits: int | None, *, aligned: bool, ranges: tuple[Tensor,
     """
     if bits is None or x.numel() == 0:
         return x
-    encoded = encode(x.detach(), "ptq", bits, stochastic=False, aligned=aligned, ranges=ranges)
-    result: Tensor = _Straight.apply(x, encoded.restored_())  # type: ignore[no-untyped-call]
+    values = quantizers.rounded(x.detach(), "ptq", bits, stochastic=False, aligned=aligned, ranges=ranges)
+    result: Tensor = _Straight.apply(x, values)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kaisa.quantize.quantizers import check, grid_of, matrix_of
-from kaisa.quantize.reflections import Reflections, reflections_of
+from kaisa.quantize.quantizers import check, grid_of, matrix_of, transformed
+from kaisa.quantize.reflections import Reflections
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def exact_variance(x: Tensor, kind: str, bits: int) -> Tensor:
 def variance_bound(x: Tensor, kind: str, bits: int) -> Tensor:
     """Return what `exact_variance` is at most, for all tensors with the same grids."""
     check(x, kind, bits)
-    rows, reflections = _transformed(x, kind)
+    rows, reflections = transformed(matrix_of(x).double(), kind)
     squares = grid_of(rows, kind, bits).step.square().expand(rows.shape) / 4
     return (squares if reflections is None else squares * reflections.weights).sum()
 
@@ -37,16 +37,8 @@ def variance_bound(x: Tensor, kind: str, bits: int) -> Tensor:
 def code_variances(x: Tensor, kind: str, bits: int) -> tuple[Tensor, Reflections | None]:
     """Return the variance of every entry of X, or for "bhq" of T X, as a matrix; and T."""
     check(x, kind, bits)
-    rows, reflections = _transformed(x, kind)
+    rows, reflections = transformed(matrix_of(x).double(), kind)
     grid = grid_of(rows, kind, bits)
     y = grid.coordinates(rows)
     fraction = y - y.floor()
     return grid.step.square() * fraction * (1 - fraction), reflections
-
-
-def _transformed(x: Tensor, kind: str) -> tuple[Tensor, Reflections | None]:
-    rows = matrix_of(x).double()
-    if kind != "bhq" or not rows.numel():
-        return rows, None
-    reflections = reflections_of(rows)
-    return reflections.apply(rows), reflections
