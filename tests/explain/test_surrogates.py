@@ -223,3 +223,91 @@ def test_without_a_penalty_columns_that_say_the_same_share_what_they_say() -> No
     column = torch.randint(2, (50, 1)).double()
     found = surrogates.fit(torch.cat((column, column), 1), 4 * column[:, 0], torch.ones(50, dtype=torch.float64), 0.0)
     assert np.allclose(found.coefficients, [2.0, 2.0])
+
+
+WEIGHTS = torch.tensor([0.9, -2.0, 0.3, 0.0, 1.1, -0.4], dtype=torch.float64)
+
+
+def crooked(rows: Tensor) -> Tensor:
+    """A score that no linear model explains, so that it matters how samples weigh."""
+    z = (rows != 0).double()
+    return 2.0 + z @ WEIGHTS + 3 * z[:, 0] * z[:, 1] * z[:, 4] - (z[:, 2] - z[:, 5]).abs()
+
+
+TERMS = {
+    "lime": [(feature,) for feature in range(6)],
+    "cle": [*((feature,) for feature in range(6)), *itertools.combinations(range(6), 2)],
+    "triples": [*((feature,) for feature in range(6)), *itertools.combinations(range(6), 3)],
+    "cared": [*((feature,) for feature in range(6)), (0, 1), (0, 4), (1, 4)],
+    "pairs alone": list(itertools.combinations(range(6), 2)),
+    "extended": [*((feature,) for feature in range(6)), *itertools.combinations(range(6), 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("terms", "method", "options", "width", "alpha"),
+    [
+        ("lime", "lime", {}, 0.25, 1.0),
+        ("lime", "lime", {"width": 0.7, "alpha": 4.0}, 0.7, 4.0),
+        ("lime", "lime", {"alpha": None}, 0.25, None),
+        ("cle", "cle", {}, 0.25, None),
+        ("triples", "cle", {"spans": [3]}, 0.25, None),
+        ("cared", "cle", {"cared": [4, 0, 1]}, 0.25, None),
+        ("pairs alone", "cle", {"include_features": False, "alpha": 0.5}, 0.25, 0.5),
+        ("extended", "cle", {"extended_distance": True}, 0.25, None),
+    ],
+)
+def test_values_are_those_of_a_weighted_ridge_on_what_the_model_was_asked(
+    terms: str, method: str, options: dict[str, Any], width: float, alpha: float | None
+) -> None:
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    asked: list[Tensor] = []
+
+    def ask(rows: Tensor) -> Tensor:
+        asked.append(rows)
+        return crooked(rows)[:, None]
+
+    said = explain(ask, torch.ones(1, 6), method, samples=90, batch_size=40, **options)
+    present = (torch.cat(asked[1:]) != 0).double()  # after one look at the input, for the target
+    assert present[0].all()
+    rows = torch.stack([present[:, list(features)].prod(1) for features in TERMS[terms]], 1)
+    counted = rows if terms == "extended" else present
+    cosine = counted.sum(1) / (counted.sum(1) * counted.shape[1]).sqrt().clamp(min=1e-12)
+    weights = ((-((1 - cosine) ** 2) / width**2).exp() ** 0.5).numpy()
+    scores = crooked(present).numpy()
+    ridge = linear.Ridge(alpha=1e-3 * weights.sum() if alpha is None else alpha)
+    ridge.fit(rows.numpy(), scores, sample_weight=weights)
+    told = said.details["inputs"][0]
+    found = {tuple(features): weight for features, weight in told["terms"]}
+    assert found == pytest.approx(dict(zip(TERMS[terms], ridge.coef_.tolist(), strict=True)), rel=1e-7, abs=1e-10)
+    assert told["intercept"] == pytest.approx(ridge.intercept_, rel=1e-7)
+    assert told["prediction"] == pytest.approx(ridge.predict(np.ones((1, rows.shape[1])))[0], rel=1e-7)
+    assert said.quality["local_r2"][0] == pytest.approx(ridge.score(rows.numpy(), scores, weights), rel=1e-7)
+    assert [abs(weight) for _, weight in told["terms"]] == sorted(map(abs, found.values()), reverse=True)
+    shares = [
+        sum(weight / len(features) for features, weight in found.items() if each in features) for each in range(6)
+    ]
+    np.testing.assert_allclose(said.values[0], shares, rtol=1e-9)
+
+
+def test_each_row_has_a_linear_model_of_its_own() -> None:
+    rows, weight = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([1.0, 10.0])
+    said = explain(lambda x: (x @ weight)[:, None], rows, "lime", alpha=1e-9)
+    torch.testing.assert_close(said.values, (rows * weight).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_something_may_stand_for_words_that_are_left_out() -> None:
+    seen: set[str] = set()
+
+    def ask(texts: list[str]) -> np.ndarray:
+        seen.update(texts)
+        return np.array([[float(len(text))] for text in texts])
+
+    explain(ask, ["one two"], "lime", hide="X", samples=60)
+    assert seen == {"one two", "one X", "X two"}  # one of the two words is left out
+
+
+def test_the_largest_coefficients_are_kept_whatever_their_sign() -> None:
+    weight = torch.tensor([5.0, -6.0, 0.1, 7.0, -8.0, 9.0, -10.0, 11.0, 0.2, -12.0])
+    said = explain(lambda rows: (rows @ weight)[:, None], torch.ones(1, 10), "lime", features=8)
+    assert {feature for (feature,), _ in said.details["inputs"][0]["terms"]} == {0, 1, 3, 4, 5, 6, 7, 9}
