@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kaisa.errors import ConfigurationError
 from kaisa.explain import Comparison, Effort, Explanation, compare, explain, measure, quality
+from kaisa.explain.plots import draw_curves
 
 EFFORT = Effort(changes=16, neighbours=2, points=6)
 
@@ -44,7 +45,7 @@ def test_the_gap_is_what_the_values_leave_unsaid() -> None:
 def test_the_gradient_of_a_linear_model_is_infallible_and_anything_else_is_not(generator: torch.Generator) -> None:
     weight, x = torch.randn(12), torch.randn(4, 3, 2, 2)
     gradient = weight.reshape(1, 3, 2, 2).expand_as(x)
-    for scale in (1.0, 7.0):
+    for scale in (1.0, 7.0, -2.0):
         found = quality.relative_infidelity(linear(weight), x, scale * gradient, generator)
         assert found.abs().max() < 1e-9
     noise = quality.relative_infidelity(linear(weight), x, torch.randn_like(x), generator, samples=500)
@@ -99,6 +100,44 @@ def test_values_that_do_not_move_are_not_sensitive_and_the_largest_move_counts(g
     assert torch.allclose(found, torch.tensor(0.5))
 
 
+def test_relative_infidelity_is_what_the_best_factor_leaves_of_the_changes() -> None:
+    x, values, weight = torch.randn(2, 4).double(), torch.randn(2, 4).double(), torch.randn(4).double()
+    score = lambda y, rows: (y @ weight).exp()  # noqa: E731
+    found = quality.relative_infidelity(score, x, values, torch.Generator().manual_seed(1), samples=30, noise=0.5)
+    same = torch.Generator().manual_seed(1)
+    changes = torch.stack([0.5 * x.std(1)[:, None] * torch.randn(2, 4, generator=same).double() for _ in range(30)])
+    predicted, changed = (changes * values).sum(2), score(x, None) - score(x - changes, None)
+    for row in range(2):
+        factor = torch.linalg.lstsq(predicted[:, row : row + 1], changed[:, row : row + 1]).solution.item()
+        left = (factor * predicted[:, row] - changed[:, row]).square().mean() / changed[:, row].square().mean()
+        assert found[row].item() == pytest.approx(left.item())
+
+
+def test_neighbours_lie_on_all_sides_and_up_to_the_radius(generator: torch.Generator) -> None:
+    x, seen = torch.randn(2, 500), []
+    quality.max_sensitivity(lambda y: seen.append(y - x) or y, x, x, generator, radius=0.3, samples=2)
+    moves = torch.cat(seen)
+    assert -0.3 <= moves.min() < -0.28
+    assert 0.28 < moves.max() <= 0.3 + 1e-6
+    assert abs(moves.mean()) < 0.03  # its deviation is 0.3 / √3 / √2000 = 0.004
+
+
+def test_what_speaks_against_goes_last_and_channels_speak_together() -> None:
+    x = torch.ones(1, 2, 2)  # two channels of two places
+    values = torch.tensor([[[-5.0, 1.0], [5.5, 1.0]]])  # together 0.5 and 2
+    weight = torch.tensor([1.0, 10.0, 1.0, 10.0])
+    assert quality.deletion(linear(weight), x, values, points=3).scores.tolist() == [[22, 2, 0]]
+    against = torch.tensor([[-3.0, 1.0]])
+    assert quality.deletion(linear(weight[:2]), x[:, 0], against, points=3).scores.tolist() == [[11, 1, 0]]
+
+
+def test_what_goes_is_replaced_by_the_baseline() -> None:
+    x, values = torch.ones(1, 2), torch.tensor([[2.0, 1.0]])
+    weight = torch.tensor([1.0, 10.0])
+    assert quality.deletion(linear(weight), x, values, baseline=0.5, points=3).scores.tolist() == [[11, 10.5, 5.5]]
+    assert quality.insertion(linear(weight), x, values, baseline=0.5, points=3).scores.tolist() == [[5.5, 6, 11]]
+
+
 def test_curves_follow_the_order_of_the_values() -> None:
     x = torch.ones(1, 4)
     values = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
@@ -151,6 +190,8 @@ def test_shuffled_weights_are_the_same_numbers_elsewhere_in_a_copy(
     assert torch.equal(other.weight.flatten().sort().values, before.flatten().sort().values)
     assert not torch.equal(other.weight, before)
     assert torch.equal(model.weight, before)
+    again = quality.shuffled(model, torch.Generator().manual_seed(0))
+    assert torch.equal(other.weight, again.weight)
 
 
 def test_probabilities_stay_and_logits_become_some() -> None:
@@ -203,6 +244,45 @@ def test_measures_keep_to_a_model_and_leave_it_as_it_was(generator: torch.Genera
     again = measure(model, explain(model, x, "saliency"), effort=EFFORT)
     assert measured.quality == again.quality
     assert measured.details["deletion_curve"].shape == (2, 6)
+
+
+def test_an_explanation_is_measured_with_its_own_options_seed_and_effort() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    options = {"samples": 3, "noise": 0.4}
+    said = explain(model, x, "smoothgrad", [2, 1], seed=5, **options)
+    effort = Effort(changes=7, noise=0.6, neighbours=3, radius=0.2, points=5, baseline=0.3)
+    found = measure(model, said, effort=effort).quality
+    score = lambda y, rows: model(y).detach()[torch.arange(2), [2, 1]]  # noqa: E731
+    chance = lambda y, rows: model(y).detach().softmax(1)[torch.arange(2), [2, 1]]  # noqa: E731
+    again = lambda net, y: explain(net, y, "smoothgrad", [2, 1], seed=5, **options).values  # noqa: E731
+    seeded = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    expected = {
+        "infidelity": quality.relative_infidelity(score, x, said.values, seeded(), samples=7, noise=0.6),
+        "max_sensitivity": quality.max_sensitivity(
+            lambda y: again(model, y), x, said.values, seeded(), radius=0.2, samples=3
+        ),
+        "deletion": quality.deletion(chance, x, said.values, 0.3, 5).area,
+        "insertion": quality.insertion(chance, x, said.values, 0.3, 5).area,
+        "randomisation": quality.rank_correlation(said.values, again(quality.shuffled(model, seeded()), x)),
+    }
+    assert set(found) == set(expected)
+    for name, figures in expected.items():
+        assert found[name] == pytest.approx(figures.tolist()), name
+
+
+def test_figures_of_a_comparison_are_means_over_the_inputs() -> None:
+    said = explain(nn.Linear(3, 2), torch.rand(2, 3), "saliency").with_quality({"deletion": (0.25, 0.75)})
+    assert Comparison((said,)).figures() == {"saliency": {"deletion": 0.5}}
+
+
+def test_curves_are_means_over_the_inputs_and_there_may_be_many() -> None:
+    shares, scores = torch.linspace(0, 1, 3), torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    names = [f"method {number}" for number in range(12)]
+    both = draw_curves({"deletion": dict.fromkeys(names, (shares, scores))})
+    mean = draw_curves({"deletion": dict.fromkeys(names, (shares, scores.mean(0, keepdim=True)))})
+    assert both == mean
+    assert both != draw_curves({"deletion": dict.fromkeys(names, (shares, scores[:1]))})
 
 
 def quality_names(explanation: Explanation) -> list[str]:

@@ -311,3 +311,34 @@ def test_the_largest_coefficients_are_kept_whatever_their_sign() -> None:
     weight = torch.tensor([5.0, -6.0, 0.1, 7.0, -8.0, 9.0, -10.0, 11.0, 0.2, -12.0])
     said = explain(lambda rows: (rows @ weight)[:, None], torch.ones(1, 10), "lime", features=8)
     assert {feature for (feature,), _ in said.details["inputs"][0]["terms"]} == {0, 1, 3, 4, 5, 6, 7, 9}
+
+
+def test_up_to_six_columns_are_chosen_one_after_the_other() -> None:
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    rows = torch.randint(2, (60, 8)).double()
+    rows[:, 7] = torch.where(torch.rand(60) < 0.1, 1 - rows[:, 0], rows[:, 0])  # nearly a copy
+    scores = rows @ torch.tensor([3.0, -2.0, 0.2, 1.0, 0.1, -0.3, 0.05, 2.5], dtype=torch.float64)
+    weights = torch.rand(60, dtype=torch.float64)
+    expected: list[int] = []
+    for _ in range(2):
+        gains = {}
+        for column in set(range(8)) - set(expected):
+            columns = rows[:, [*expected, column]].numpy()
+            found = linear.LinearRegression().fit(columns, scores.numpy(), sample_weight=weights.numpy())
+            gains[column] = found.score(columns, scores.numpy(), weights.numpy())
+        expected.append(max(gains, key=lambda column: gains[column]))
+    assert surrogates.select(rows, scores, weights, 2) == expected
+    assert set(expected) != {0, 7}  # which are first and second by their coefficients
+
+
+def test_no_column_is_chosen_twice_where_nothing_is_left_to_explain() -> None:
+    rows = torch.randint(2, (40, 5)).double()
+    assert len(set(surrogates.select(rows, 5 * rows[:, 0], torch.ones(40, dtype=torch.float64), 3))) == 3
+
+
+def test_columns_are_kept_by_what_they_weigh_before_much_of_a_penalty() -> None:
+    rows = torch.randint(2, (200, 9)).double()
+    rows[0] = 1.0
+    rows[1:, 8] = 0.0  # once alone, so that a penalty of 1 would halve its 3
+    scores = rows @ torch.tensor([2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 1.9, 3.0], dtype=torch.float64)
+    assert surrogates.select(rows, scores, torch.ones(200, dtype=torch.float64), 8) == [0, 1, 2, 3, 4, 5, 6, 8]
