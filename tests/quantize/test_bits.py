@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import kaisa
 from kaisa.errors import ConfigurationError
-from kaisa.quantize import allocate_bits, variance_report
+from kaisa.quantize import QuantConfig, allocate_bits, prepare, variance_report
 from kaisa.quantize.bits import allocate, costs_of_factors
 
 
@@ -72,3 +73,39 @@ def test_factors_may_stand_in_for_variances() -> None:
     costs = costs_of_factors(factors, (2, 4))
     assert costs["1"][2] == pytest.approx(4 * 400 / 9)
     assert costs["0"][4] == pytest.approx(4 * 0.04 / 225)
+
+
+def test_bits_of_attention_are_those_of_all_that_it_projects() -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
+    x, y = torch.randn(6, 3, 4), torch.arange(6) % 3
+
+    def loss(own: nn.Module, batch: object) -> Tensor:
+        return nn.functional.cross_entropy(own(x).mean(1)[:, :3], y)
+
+    found = allocate_bits(model, None, 5, loss, kind="psq", bits=(4, 6))
+    assert list(found) == ["self_attn", "linear1", "linear2"]
+    report = variance_report(model, None, loss, kinds=("psq",))
+    costs = {
+        name: {
+            bits: sum(layer.added("psq", bits) for layer in report.layers if layer.module == name) for bits in (4, 6)
+        }
+        for name in found
+    }
+    assert found == allocate(costs, 5)
+    assert len([layer for layer in report.layers if layer.module == "self_attn"]) == 2
+    prepare(model, QuantConfig(gradient_bits=found))  # which takes the names as they are
+
+
+def test_factors_of_projections_count_for_their_attention() -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kfac = kaisa.KFACPreconditioner(model, optimizer, factor_update_steps=1, inv_update_steps=1)
+    model(torch.randn(6, 3, 4)).square().mean().backward()
+    kfac.step()
+    found = allocate_bits(model, None, 5, factors=kfac.factors, bits=(4, 5, 6))
+    assert list(found) == ["self_attn", "linear1", "linear2"]
+    rows = costs_of_factors(kfac.factors, (4, 5, 6))
+    inside = [rows[f"self_attn.{part}"] for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    costs = {"self_attn": {bits: sum(row[bits] for row in inside) for bits in (4, 5, 6)}}
+    assert found == allocate({**costs, "linear1": rows["linear1"], "linear2": rows["linear2"]}, 5)
+    prepare(model, QuantConfig(gradient_bits=found))

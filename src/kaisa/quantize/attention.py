@@ -31,16 +31,8 @@ def _unwatched(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None)
     return product(x, weight, bias)
 
 
-class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` in few bits; neither ``add_bias_kv`` nor ``add_zero_attn``."""
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the float module does: the output, and the weights of attention where they are wanted."""
-        if self.quantization.is_exact:
-            return super().forward(query, key, value, *args, **kwargs)
-        return self.forward_with(_unwatched, query, key, value, *args, **kwargs)
+class WatchedMultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` whose projections can be looked at; neither ``add_bias_kv`` nor ``add_zero_attn``."""
 
     def forward_with(
         self,
@@ -82,10 +74,7 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         return (output.transpose(0, 1) if self.batch_first else output), weights
 
     def _product(self, use: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.quantization.is_exact:
-            return F.linear(x, weight, bias)
-        batch_first: Tensor = self.linear(x.transpose(0, 1), weight, bias, use)
-        return batch_first.transpose(0, 1)
+        return F.linear(x, weight, bias)
 
     def _projected(self, watch: Watch, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values, (positions, batch, embed_dim) each."""
@@ -119,6 +108,34 @@ class QuantizedMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         """Return (batch, heads, positions, features) of (positions, batch, embed_dim)."""
         heads: Tensor = x.unflatten(-1, (self.num_heads, -1))
         return heads.permute(1, 2, 0, 3)
+
+
+class QuantizedMultiheadAttention(QuantizedLayer, WatchedMultiheadAttention):
+    """``nn.MultiheadAttention`` in few bits; neither ``add_bias_kv`` nor ``add_zero_attn``."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the float module does: the output, and the weights of attention where they are wanted."""
+        if self.quantization.is_exact:
+            return super().forward(query, key, value, *args, **kwargs)
+        return self.forward_with(_unwatched, query, key, value, *args, **kwargs)
+
+    def _product(self, use: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.quantization.is_exact:
+            return super()._product(use, x, weight, bias)
+        batch_first: Tensor = self.linear(x.transpose(0, 1), weight, bias, use)
+        return batch_first.transpose(0, 1)
+
+
+def projection_name(product: Product, weight: Tensor) -> str:
+    """Return what a product that a watch is shown projects: "in_proj" is queries, keys and values at once."""
+    assert isinstance(product, partial)
+    (use,) = product.args
+    rows, size = weight.shape[0], product.func.__self__.embed_dim  # type: ignore[attr-defined]
+    if use == ATTENDED:
+        return "out_proj"
+    return {3: "in_proj", 2: "kv_proj"}.get(rows // size, ("q_proj", "k_proj", "v_proj")[use])
 
 
 def _positions_first(

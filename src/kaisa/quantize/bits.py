@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError
-from kaisa.quantize.report import ALL_BITS, Loss, variance_report
+from kaisa.quantize.report import ALL_BITS, LAYERS, Loss, variance_report
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Layers of K-FAC in MultiheadAttention."""
 
 Costs = Mapping[str, Mapping[int, float]]
 """Of each layer, what each number of bits costs."""
@@ -40,7 +43,10 @@ def allocate_bits(
     factors: Mapping[str, PairOfFactors] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, int]:
-    """Return for each layer how many bits its gradient should have, in the order of the model.
+    """Return for each module how many bits its gradients should have, in the order of the model.
+
+    They are what `QuantConfig(gradient_bits=…)` takes: a module that is called several times has the same bits every
+    time, and MultiheadAttention for all that it projects.
 
     Args:
         model: see `variance_report`.
@@ -50,22 +56,39 @@ def allocate_bits(
         kind: of the quantiser.
         bits: to choose from.
         probes: see `variance_report`.
-        factors: Kronecker factors by layer, as K-FAC keeps them; they then stand in for the measured variances.
+        factors: Kronecker factors by layer, as K-FAC keeps them; they then stand in for the measured variances. Those
+            of the projections in MultiheadAttention are counted together.
         generator: see `variance_report`.
 
     Raises:
         ConfigurationError: the budget is below the fewest bits; or see `variance_report`.
     """
     if factors is not None:
-        names = [name for name, _ in model.named_modules() if name in factors]
-        return allocate(costs_of_factors({name: factors[name] for name in names}, bits), budget)
+        return allocate(_by_module(model, costs_of_factors(factors, bits)), budget)
     report = variance_report(model, batch, loss, kinds=(kind,), bits=bits, probes=probes, generator=generator)
     costs: dict[str, dict[int, float]] = {}
-    for layer in report.layers:  # a module that is called several times has the same bits every time
-        held = costs.setdefault(layer.name.split("#")[0], dict.fromkeys(bits, 0.0))
-        for count in bits:
-            held[count] += layer.added(kind, count)
+    for layer in report.layers:
+        _add(costs, layer.module, {count: layer.added(kind, count) for count in bits})
     return allocate(costs, budget)
+
+
+def _by_module(model: nn.Module, costs: Costs) -> Costs:
+    """Return the costs of modules that can be quantised: those of a layer of its name, or the sums over projections."""
+    left, found = dict(costs), dict[str, dict[int, float]]()
+    for name, module in model.named_modules():
+        layers = [name] if isinstance(module, LAYERS) else []
+        if isinstance(module, nn.MultiheadAttention):
+            layers = [f"{name}.{part}".removeprefix(".") for part in PROJECTIONS]
+        for layer in layers:
+            if layer in left:
+                _add(found, name, left.pop(layer))
+    return found
+
+
+def _add(costs: dict[str, dict[int, float]], name: str, row: Mapping[int, float]) -> None:
+    held = costs.setdefault(name, dict.fromkeys(row, 0.0))
+    for bits, cost in row.items():
+        held[bits] += cost
 
 
 def costs_of_factors(factors: Mapping[str, PairOfFactors], bits: Sequence[int] = ALL_BITS) -> Costs:

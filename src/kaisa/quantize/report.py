@@ -18,7 +18,8 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kaisa.errors import ConfigurationError
+from kaisa.quantize.attention import (
+    Product,
+    Watch,
+    WatchedEncoder,
+    WatchedEncoderLayer,
+    WatchedMultiheadAttention,
+    projection_name,
+)
 from kaisa.quantize.quantizers import KINDS, matrix_of
 from kaisa.quantize.reflections import reflections_of
 from kaisa.quantize.variance import code_variances
@@ -39,6 +48,13 @@ Terms = Mapping[str, Mapping[int, float]]
 """A number for each kind of quantiser and number of bits."""
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WATCHED: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: WatchedMultiheadAttention,
+    nn.TransformerEncoderLayer: WatchedEncoderLayer,
+    nn.TransformerEncoder: WatchedEncoder,
+}
+"""What modules that bypass the layers in them are while a report is made."""
+
 ALL_BITS = tuple(range(8, 1, -1))
 _EXAMPLES = 16  # whose gradients are held at once
 
@@ -48,7 +64,8 @@ class LayerVariance:
     """What is known of one layer.
 
     Attributes:
-        name: of the module; of its later calls with their number.
+        name: of the module, and of the projection in MultiheadAttention; of its later calls with their number.
+        module: the name of the module whose bits it has.
         shape: of the gradient at its output.
         squared_gradient: ‖∇θ‖² of its parameters.
         sampling: the variance of ∇θ over batches of this size.
@@ -58,6 +75,7 @@ class LayerVariance:
     """
 
     name: str
+    module: str
     shape: tuple[int, ...]
     squared_gradient: float
     sampling: float
@@ -151,19 +169,6 @@ class VarianceReport:
         draw(self, path)
 
 
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, module, inputs, output))
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Lesson(nn.Module):
     """Model and loss as one module, whose parameters can be exchanged for a call."""
 
@@ -177,12 +182,73 @@ class _Lesson(nn.Module):
 
 @dataclass
 class _Call:
-    """One call of a layer: what came in, and the gradient of what went out."""
+    """One product of a layer: what came in, and the gradient of what went out.
+
+    Attributes:
+        name: of the layer.
+        module: of its module.
+        forward: the output of an input, a weight and a bias.
+        x: the input, a row an example.
+        weight: as it is in this pass.
+        bias: likewise.
+        gradient: of the output.
+    """
 
     name: str
-    layer: nn.Module
+    module: str
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     x: Tensor
+    weight: Tensor
+    bias: Tensor | None
     gradient: Tensor | None = None
+
+
+See = Callable[[_Call, Tensor], None]
+"""Is shown every call of a layer and its output."""
+
+
+@contextmanager
+def _watched(model: nn.Module, see: See) -> Iterator[None]:
+    """Show what the layers of a model compute, while it is used."""
+    modules = dict(model.named_modules())
+    attentions = {name: module for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
+    handles = [
+        module.register_forward_hook(_hook(name, see)) for name, module in modules.items() if isinstance(module, LAYERS)
+    ]
+    types = {module: type(module) for module in modules.values()}
+    try:
+        for module in modules.values():
+            module.__class__ = WATCHED.get(type(module), type(module))
+        for name, attention in attentions.items():
+            if isinstance(attention, WatchedMultiheadAttention):
+                vars(attention)["forward"] = partial(attention.forward_with, _watch(name, see))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, kind in types.items():
+            module.__class__ = kind
+        for attention in attentions.values():
+            vars(attention).pop("forward", None)
+
+
+def _hook(name: str, see: See) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        forward: Any = F.linear if isinstance(module, nn.Linear) else module._conv_forward
+        see(_Call(name, name, forward, inputs[0], module.weight, module.bias), output)  # type: ignore[arg-type]
+
+    return hook
+
+
+def _watch(name: str, see: See) -> Watch:
+    def watch(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        examples_first = x.transpose(0, 1)
+        output = F.linear(examples_first, weight, bias)
+        part = f"{name}.{projection_name(product, weight)}".removeprefix(".")
+        see(_Call(part, name, F.linear, examples_first, weight, bias), output)
+        return output.transpose(0, 1)
+
+    return watch
 
 
 @dataclass
@@ -209,8 +275,8 @@ def variance_report(
     gradients and running statistics included.
 
     Args:
-        model: in float, or prepared and in the mode "exact". Layers are its Linear and Conv1d to Conv3d modules; what
-            MultiheadAttention projects within is none of them.
+        model: in float, or prepared and in the mode "exact". Layers are its Linear and Conv1d to Conv3d modules and the
+            projections in MultiheadAttention: those that are one product of training are one layer.
         batch: what the loss takes; at least two examples.
         loss: of model and batch, a mean over examples; None for the cross-entropy of ``batch = (inputs, classes)``.
         kinds: quantisers to look at.
@@ -222,11 +288,10 @@ def variance_report(
         ConfigurationError: no layer has a gradient, or the batch holds a single example.
     """
     lesson = _Lesson(model, loss or _cross_entropy)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     with _same_noise(lesson):
-        calls = _observe(lesson, layers, batch)
+        calls = _observe(lesson, batch)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    gains = _gains(lesson, layers, batch, calls, probes, generator, "bhq" in kinds)
+    gains = _gains(lesson, batch, calls, probes, generator, "bhq" in kinds)
     measured = tuple(
         _layer(call, call.gradient, gain, kinds, bits)
         for call, gain in zip(calls, gains, strict=True)
@@ -257,24 +322,26 @@ def _call(lesson: nn.Module, parameters: Mapping[str, Tensor], batch: Any) -> Te
     return loss
 
 
-def _observe(lesson: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> list[_Call]:
+def _observe(lesson: _Lesson, batch: Any) -> list[_Call]:
     calls: list[_Call] = []
 
-    def watch(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        number = sum(call.layer is module for call in calls)
-        call = _Call(f"{name}#{number + 1}" if number else name, module, inputs[0].detach().clone())
-        calls.append(call)
+    def see(call: _Call, output: Tensor) -> None:
+        number = sum(other.name.split("#")[0] == call.name for other in calls)
+        name = f"{call.name}#{number + 1}" if number else call.name
+        held = replace(call, name=name, x=call.x.detach().clone())
+        calls.append(held)
         if output.requires_grad:
-            output.register_hook(lambda gradient: setattr(call, "gradient", gradient))
+            output.register_hook(lambda gradient: setattr(held, "gradient", gradient))
 
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in lesson.named_parameters()}
-    with torch.enable_grad(), _hooked(layers, watch):
+    with torch.enable_grad(), _watched(lesson.model, see):
         loss = _call(lesson, parameters, batch)
         torch.autograd.grad(loss, [p for p in parameters.values() if p.requires_grad], allow_unused=True)
     reached = [call for call in calls if call.gradient is not None]
     if not reached:
         raise ConfigurationError(
-            "no layer of the model got a gradient; give a model with Linear or Conv modules, and a loss that uses them"
+            "no layer of the model got a gradient; give a model with Linear, Conv or MultiheadAttention modules, and a "
+            "loss that uses them"
         )
     if any(len(call.x) < 2 for call in reached):
         raise ConfigurationError(
@@ -284,8 +351,7 @@ def _observe(lesson: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> 
 
 
 def _gains(
-    lesson: nn.Module,
-    layers: Mapping[str, nn.Module],
+    lesson: _Lesson,
     batch: Any,
     calls: Sequence[_Call],
     probes: int,
@@ -297,7 +363,7 @@ def _gains(
     reflections = [None if gradient is None else reflections_of(matrix_of(gradient)) for gradient in gradients]
     for _ in range(probes):
         with _same_noise(lesson):
-            tangents = _tangents(lesson, layers, batch, generator)
+            tangents = _tangents(lesson, batch, generator)
         for gain, transform, pair in zip(gains, reflections, tangents, strict=True):
             rows = [matrix_of(tangent) for tangent in pair]
             _add_squares(gain.plain, rows, probes)
@@ -311,20 +377,17 @@ def _add_squares(held: list[Tensor], rows: Sequence[Tensor], probes: int) -> Non
     held[:] = [before + square for before, square in zip(held, squares, strict=True)] if held else squares
 
 
-def _tangents(
-    lesson: nn.Module, layers: Mapping[str, nn.Module], batch: Any, generator: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
+def _tangents(lesson: _Lesson, batch: Any, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
     """Return γ z at the output of each call, of the layer's own parameters and of those below, for a random z."""
     found: list[tuple[Tensor, Tensor]] = []
 
-    def watch(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        x = forward_ad.unpack_dual(inputs[0]).primal
+    def see(call: _Call, output: Tensor) -> None:
         primal, tangent = forward_ad.unpack_dual(output)
         tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
-        own = _own_tangent(module, x)
+        own = _own_tangent(call)
         found.append((own, tangent - own))
 
-    with torch.no_grad(), forward_ad.dual_level(), _hooked(layers, watch):
+    with torch.no_grad(), forward_ad.dual_level(), _watched(lesson.model, see):
         _load_derivatives()
         duals = {
             name: forward_ad.make_dual(p.detach(), _probe(p, generator)) for name, p in lesson.named_parameters()
@@ -346,23 +409,15 @@ def _probe(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return signs.to(parameter) * parameter.requires_grad
 
 
-def _own_tangent(module: nn.Module, x: Tensor) -> Tensor:
+def _own_tangent(call: _Call) -> Tensor:
     """Return how a layer's output changes with its own parameters: it is linear in them."""
-    tangents = {}
-    for name, parameter in module.named_parameters(recurse=False):
-        tangent = forward_ad.unpack_dual(parameter).tangent
-        tangents[name] = torch.zeros_like(parameter) if tangent is None else tangent.clone()
-    return _forward(module, tangents, x)
+    x = forward_ad.unpack_dual(call.x).primal
+    return call.forward(x, _tangent(call.weight), None if call.bias is None else _tangent(call.bias))
 
 
-def _forward(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Return a layer's output for other parameters, without its hooks."""
-    weight, bias = parameters["weight"], parameters.get("bias")
-    if isinstance(module, nn.Linear):
-        return F.linear(x, weight, bias)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    output: Tensor = module._conv_forward(x, weight, bias)
-    return output
+def _tangent(parameter: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(parameter)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()
 
 
 def _layer(call: _Call, gradient: Tensor, gains: _Gains, kinds: Sequence[str], bits: Sequence[int]) -> LayerVariance:
@@ -375,23 +430,29 @@ def _layer(call: _Call, gradient: Tensor, gains: _Gains, kinds: Sequence[str], b
             for part, gain in zip(parts, (everywhere, own, below), strict=True):
                 part[kind][count] = float((variances * gain).sum())
     squared, sampling = _sampling(call, gradient)
-    return LayerVariance(call.name, tuple(gradient.shape), squared, sampling, *parts)
+    return LayerVariance(call.name, call.module, tuple(gradient.shape), squared, sampling, *parts)
 
 
 def _sampling(call: _Call, gradient: Tensor) -> tuple[float, float]:
     """Return ‖∇θ‖² and its variance over batches: N / (N − 1) · (Σ ‖g_i‖² − ‖Σ g_i‖² / N), g_i what example i adds."""
-    parameters = {name: p.detach() for name, p in call.layer.named_parameters(recurse=False) if p.requires_grad}
-    fixed = {name: p.detach() for name, p in call.layer.named_parameters(recurse=False) if not p.requires_grad}
+    parameters = {"weight": call.weight.detach()}
+    if call.bias is not None:
+        parameters["bias"] = call.bias.detach()
+    trained = {name: value for name, value in parameters.items() if getattr(call, name).requires_grad}
+
+    def forward(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        known = {**parameters, **own}
+        return call.forward(x, known["weight"], known.get("bias"))
 
     def squared_norm(x: Tensor, gradient: Tensor) -> Tensor:
-        pull: Any = vjp(lambda own: _forward(call.layer, {**fixed, **own}, x), parameters)[1]
+        pull: Any = vjp(lambda own: forward(own, x), trained)[1]
         return torch.stack([value.double().square().sum() for value in pull(gradient)[0].values()]).sum()
 
     def squared_norm_of_one(x: Tensor, gradient: Tensor) -> Tensor:
         return squared_norm(x.unsqueeze(0), gradient.unsqueeze(0))
 
     count = len(call.x)
-    if not parameters:
+    if not trained:
         return 0.0, 0.0
     each = vmap(squared_norm_of_one, chunk_size=_EXAMPLES)(call.x, gradient).sum()
     total = squared_norm(call.x, gradient)
