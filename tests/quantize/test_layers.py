@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaisa import grids
@@ -132,6 +133,18 @@ def test_the_two_uses_of_a_gradient_have_bits_of_their_own() -> None:
     }
     for key, values in drawn.items():
         assert values.var(0).sum().item() == pytest.approx(expected[key], rel=0.25), key
+
+
+def test_input_weight_and_bias_have_bits_of_their_own() -> None:
+    config = QuantConfig(activation_bits=3, weight_bits=5, bias_bits=4)
+    linear, conv = nn.Linear(6, 4), nn.Conv1d(6, 4, 2)
+    x, signal = torch.randn(7, 6), torch.randn(2, 6, 5)
+    w, kernel = (rounded(layer.weight, 5, aligned=True) for layer in (linear, conv))
+    assert not torch.equal(w, linear.weight)
+    expected = F.linear(rounded(x, 3, aligned=False), w, rounded(linear.bias, 4, aligned=True))
+    torch.testing.assert_close(prepare(linear, config)(x), expected)
+    expected = F.conv1d(rounded(signal, 3, aligned=False), kernel, conv.bias)  # biases of convolutions stay
+    torch.testing.assert_close(prepare(conv, config)(signal), expected)
 
 
 def _rounded(x: Tensor, *, aligned: bool = True) -> Tensor:
