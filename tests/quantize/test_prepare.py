@@ -257,6 +257,15 @@ def test_running_ranges_average_those_of_training_and_not_of_evaluation() -> Non
     torch.testing.assert_close(ranges_of(layer)[""], torch.tensor([[-2.0, 2.5]]))
 
 
+def test_attention_has_a_running_range_for_each_of_its_inputs() -> None:
+    module = prepare(nn.MultiheadAttention(4, 2))
+    query = torch.linspace(-1, 1, 24).view(3, 2, 4)
+    module(query, 2 * query, 3 * query)
+    ranges = ranges_of(module)[""]
+    torch.testing.assert_close(ranges[:3], torch.tensor([[-1.0, 1.0], [-2.0, 2.0], [-3.0, 3.0]]))
+    assert bool((ranges[3].abs() < 3).all())  # of what was attended to: means of projected values
+
+
 def test_running_ranges_are_kept_beside_the_state(model: nn.Module, x: Tensor) -> None:
     other = prepare(copy.deepcopy(model))
     prepare(model)(x)
