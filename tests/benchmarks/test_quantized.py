@@ -74,6 +74,15 @@ def test_a_run_that_diverged_is_not_a_number_among_the_means(training: ModuleTyp
     assert math.isnan(means["ptq:4"][0])
 
 
+def test_ways_are_compared_with_qat_seed_by_seed(training: ModuleType) -> None:
+    study = results({"bhq:4": [0.4, 0.5, 0.9], "qat:8": [0.5, 0.7], "ptq:4": [None, 0.1]})
+    found = training.differences(study)
+    assert found["bhq:4"] == (pytest.approx(-0.15), pytest.approx(0.05), 2)  # of the third seed there is no QAT
+    assert found["qat:8"] == (0, 0, 2)
+    assert math.isnan(found["ptq:4"][0])
+    assert training.differences(results({"bhq:4": [0.4]})) == {}
+
+
 def test_what_there_is_so_far_can_be_drawn(training: ModuleType, tmp_path: Path) -> None:
     study = results({"float": [0.8], "qat:8": [0.7, 0.71], "bhq:5": [0.7, 0.72], "bhq:4": [0.6], "ptq:4": [None]})
     training.draw(tmp_path / "images" / "out.png", [study, study])
