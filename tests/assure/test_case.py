@@ -192,6 +192,7 @@ def test_a_figure_just_below_1_is_not_shown_as_1(case: Case) -> None:
     assert [say_number(value) for value in (1.0, 1 - 1e-9, 0.97, 1e-140)] == ["1", "1 − 1.0e-09", "0.97", "1e-140"]
     change(case, "G2", figure=Figure(1 - 1e-9, 0.95))
     assert yaml.safe_load(to_gsn2x(case))["G2"]["text"] == "Confidence (found: 1 − 1.0e-09, needed: ≥ 0.95)"
+    assert "✓ 1 − 1.0e-09, needed" in draw_case(case)
 
 
 def test_mermaid_has_every_node_and_edge_once(case: Case) -> None:

@@ -66,25 +66,27 @@ def _narrow_models() -> Iterator[None]:
         yield
 
 
+class Runs(dict[str, Path]):
+    """Finished runs by recipe, each trained when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Path:
+        root = self.root / name
+        root.mkdir()
+        options = ["--epochs", "1", "--repeats", "1"]
+        if name == "logistic":
+            pictures = [str(write_pictures(root / part, 40, seed)) for seed, part in enumerate(("data", "data-test"))]
+            options = ["--data", pictures[0], "--test-data", pictures[1], "--batch-size", "40", "--epochs", "2"]
+        self[name] = train(name, root, *options)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    short = ("--epochs", "1", "--repeats", "1")
-    made = {name: train(name, tmp_path_factory.mktemp(name), *short) for name in ("unet", "gpt", "bert", "maskrcnn")}
-    root = tmp_path_factory.mktemp("meter")
-    pictures = [str(write_pictures(root / name, 40, seed)) for seed, name in enumerate(("data", "data-test"))]
-    options = (
-        "--data",
-        pictures[0],
-        "--test-data",
-        pictures[1],
-        "--batch-size",
-        "40",
-        "--epochs",
-        "2",
-        "--repeats",
-        "1",
-    )
-    return {**made, "logistic": train("logistic", root, *options)}
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 def read(runs: dict[str, Path], name: str, **criterion: float) -> TrainedNetwork:

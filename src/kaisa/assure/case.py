@@ -63,9 +63,9 @@ class Figure:
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
-def say_number(value: float) -> str:
-    """Return a number in six digits, but none below 1 as 1."""
-    text = f"{value:.6g}"
+def say_number(value: float, digits: int = 6) -> str:
+    """Return a number in few digits, but none below 1 as 1."""
+    text = f"{value:.{digits}g}"
     return f"1 − {1 - value:.1e}" if text == "1" and value < 1 else text
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from html import escape
 from textwrap import wrap
 
-from kaisa.assure.case import Case, Node
+from kaisa.assure.case import Case, Node, say_number
 from kaisa.assure.case_notations import WORDS, Notation
 
 WIDTH, LINE, PADDING = 214.0, 16.0, 12.0
@@ -156,7 +156,7 @@ def _figure_words(node: Node) -> str:
     if figure.target is None:
         return f"{figure.value:.5g}"
     sign = "≤" if figure.at_most else "≥"
-    return f"{'✓' if figure.is_met else '✗'} {figure.value:.4g}, needed {sign} {figure.target:g}"
+    return f"{'✓' if figure.is_met else '✗'} {say_number(figure.value, 4)}, needed {sign} {figure.target:g}"
 
 
 def _column(boxes: list[_Box]) -> tuple[float, float]:
