@@ -48,6 +48,10 @@ def test_no_choice_within_the_budget_costs_less(data: st.DataObject) -> None:
     assert cost(tuple(found.values())) == pytest.approx(min(map(cost, allowed)))
 
 
+def test_of_equal_costs_the_fewest_bits_are_taken() -> None:
+    assert allocate({"a": {2: 1.0, 4: 1.0}, "b": {2: 5.0, 4: 3.0, 6: 3.0}}, 8) == {"a": 2, "b": 4}
+
+
 def test_a_budget_that_no_choice_meets_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"the budget is 1\.5 bits on average"):
         allocate({"a": {2: 1.0, 3: 0.5}}, 1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,9 @@ def test_gradients_of_projections_are_those_of_the_packed_weights() -> None:
 @pytest.mark.parametrize("is_prepared", [False, True])
 def test_a_model_with_attention_is_as_it_was(is_prepared: bool) -> None:
     model, (x, y) = attentive()
-    expected = [layer.added("bhq", 4) for layer in variance_report(model, (x, y), bits=(4,), probes=1).layers]
+    expected = [
+        layer.added("bhq", 4) for layer in variance_report(copy.deepcopy(model), (x, y), bits=(4,), probes=1).layers
+    ]
     if is_prepared:
         prepare(model, QuantConfig(mode="exact"))
     kinds = [type(module) for module in model.modules()]
