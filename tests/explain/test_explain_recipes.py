@@ -209,6 +209,7 @@ def test_the_training_texts_behind_a_token_are_told(recipe: str, text: str, told
     record = told(recipe, text, "--method", "influence", "--examples", "40")
     assert record["target"] == saliency["target"]
     assert record["details"]["target_names"] == saliency["details"]["target_names"]
+    assert set(record["options"]) == {"training", "curvature", "damping"}
     values, (proponents,) = numbers(record["values"]), record["details"]["proponents"]
     assert values[0].argsort(descending=True)[0] == proponents[0]
     (texts,) = record["details"]["proponents_texts"]

@@ -86,7 +86,7 @@ def explain(
     answer = asked.answer(_read(checkpoint, trust), tuple(inputs or ()), tuple(target or ()), place)
     answer.save(out)
     console = Console(highlight=False)
-    console.print(str(answer) if isinstance(answer, Comparison) else _told(answer), markup=False)
+    console.print(str(answer) if isinstance(answer, Comparison) else _told(answer), markup=False, soft_wrap=True)
     console.print(f"written to {out}", markup=False, soft_wrap=True)
     return 0
 

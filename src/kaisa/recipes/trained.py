@@ -5,7 +5,7 @@
 
 Nothing is unpickled: the record is JSON, the weights are safetensors. Models of images are given a hook that
 normalises, so that their inputs are images from 0 to 1; those of text take numbers of tokens, those of scenes what they
-learned from.
+learned from. A model that was trained in few bits is read in full precision.
 """
 
 from __future__ import annotations

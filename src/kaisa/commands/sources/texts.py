@@ -109,7 +109,9 @@ class Texts(Source):
                 **asked.options,
             )
         texts = {f"{sign}_texts": self._joined(explanation.details[f"{sign}_inputs"]) for sign in SIGNS}
-        return replace(explanation, target=tuple(wanted.tolist()), details={**explanation.details, **texts})
+        asked_for = {name: value for name, value in explanation.options.items() if name not in ("loss", "targets")}
+        details = {**explanation.details, **texts}
+        return replace(explanation, target=tuple(wanted.tolist()), options=asked_for, details=details)
 
     def _wanted(self, posed: Posed, tokens: Tensor) -> Tensor:
         """Return the explained token of each text."""
