@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 SHOWN = 8  # inputs of a batch
 BARS = 15  # features, training examples
 PANEL = 2.6  # inches
-WORDS = 12  # tokens in a line
+WIDTH = 76  # characters of a line of tokens
+GAP = 0.8  # between tokens, in characters
 
 
 class Drawable(Protocol):
@@ -161,21 +162,34 @@ def _told(explanation: Drawable, row: int) -> Mapping[str, Any]:
 
 
 def _tokens(explanation: Drawable) -> Figure:
+    """Draw tokens as a text that runs on, each on the colour of its value."""
     values = explanation.values[:SHOWN]
-    lines = -(-values.shape[1] // WORDS)
-    canvas, axes = _canvas(len(values), 1, 3 * PANEL, 0.15 + 0.3 * lines)
+    texts = [_flow(_tokens_of(explanation, row, len(value))) for row, value in enumerate(values)]
+    lines = max(int(text[-1][2]) + 1 for text in texts)
+    canvas, axes = _canvas(len(values), 1, 2.3 * PANEL, 0.1 + 0.27 * lines)
     colours = load("matplotlib", "a drawing").colormaps["RdBu_r"]
-    for row, (axis, value) in enumerate(zip(axes[:, 0], values, strict=True)):
-        tokens = _tokens_of(explanation, row, len(value))
+    for axis, text, value in zip(axes[:, 0], texts, values, strict=True):
         limit = float(value.abs().max()) or 1.0
-        axis.set(xlim=(0, WORDS), ylim=(lines, 0))
+        axis.set(xlim=(0, WIDTH), ylim=(lines, 0))
         axis.set_axis_off()
-        for place, (token, weight) in enumerate(zip(tokens, value.tolist(), strict=False)):
-            box = {"facecolor": colours(0.5 + 0.4 * weight / limit), "edgecolor": "none", "pad": 2}
+        for (token, place, line), weight in zip(text, value.tolist(), strict=False):
+            box = {"facecolor": colours(0.5 + 0.4 * weight / limit), "edgecolor": "none", "pad": 1.5}
             ink = "white" if abs(weight) > 0.7 * limit else "black"
-            spot = (place % WORDS, place // WORDS + 0.5)
-            axis.text(*spot, _plain(token), fontsize=9, va="center", color=ink, bbox=box)
+            axis.text(place, line + 0.5, token, fontsize=8, family="monospace", va="center", color=ink, bbox=box)
     return canvas
+
+
+def _flow(tokens: Sequence[str]) -> list[tuple[str, float, int]]:
+    """Return each token with its place, in characters, and its line."""
+    placed: list[tuple[str, float, int]] = []
+    place, line = 0.0, 0
+    for token in tokens:
+        shown = str(token).replace("\n", "⏎")
+        if place and place + len(shown) > WIDTH:
+            place, line = 0.0, line + 1
+        placed.append((_plain(shown), place, line))
+        place += len(shown) + GAP
+    return placed
 
 
 def _tokens_of(explanation: Drawable, row: int, count: int) -> Sequence[str]:
