@@ -101,6 +101,16 @@ def test_lines_that_were_taken_out_or_exchanged_are_seen(tmp_path: Path) -> None
             open_journal(path, "eye", MODEL)
 
 
+def test_a_line_of_another_journal_is_not_taken(tmp_path: Path) -> None:
+    """Each line is tied to all before it, the header among them: a good demand of another network is none of this."""
+    made(tmp_path / "j", 3)
+    append(open_journal(tmp_path / "other", "eye", "b" * 64), demands(3), NOW)
+    own, others = ((tmp_path / name).read_bytes().split(b"\n") for name in ("j", "other"))
+    (tmp_path / "j").write_bytes(b"\n".join([*own[:2], others[2], *own[3:]]))
+    with pytest.raises(StateError, match="damaged in line 3"):
+        open_journal(tmp_path / "j", "eye", MODEL)
+
+
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "j"
     for content in (b"my diary", b"my diary\n", b'{"format":1}\n', b"\x00\xff", b"[]\n", b'{"format":2,"kind":"x"}'):
