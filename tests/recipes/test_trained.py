@@ -103,6 +103,15 @@ def test_an_image_for_masks_keeps_its_size_but_for_a_border(runs: dict[str, Path
         read_trained(runs["gpt"]).image(path)
 
 
+def test_a_model_of_masks_says_the_same_without_what_it_learned_from(tmp_path: Path) -> None:
+    folder = train("unet", tmp_path, "--epochs", "1")
+    trained = read_trained(folder)
+    inputs, _ = next(iter(trained.tests()))
+    shutil.rmtree(tmp_path / "data")
+    with torch.no_grad():
+        assert torch.equal(read_trained(folder).model(inputs), trained.model(inputs))
+
+
 def test_other_data_than_those_of_the_run_are_refused_and_so_are_missing_ones(tmp_path: Path) -> None:
     trained = read_trained(train("gpt", tmp_path, "--epochs", "1"))
     (tmp_path / "data" / "train.txt").write_text("another text\n" * 100)

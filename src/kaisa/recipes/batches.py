@@ -42,6 +42,10 @@ class Normalizer:
         deviation = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
         return cls(mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1))
 
+    def describe(self) -> dict[str, list[float]]:
+        """Return what a record says of it."""
+        return {"mean": self.mean.flatten().tolist(), "deviation": self.deviation.flatten().tolist()}
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the pixels as the model sees them."""
         return (pixels.float() - self.mean) / self.deviation

@@ -76,15 +76,13 @@ class ImageData:
         return len(self.train)
 
     def describe(self) -> dict[str, Any]:
-        normalize = Normalizer.fit(self.train)
         return {
             "source": self.source,
             "classes": list(self.train.classes),
             "shape": list(self.train.shape),
             "train_images": len(self.train),
             "test_images": len(self.test),
-            "mean": normalize.mean.flatten().tolist(),
-            "deviation": normalize.deviation.flatten().tolist(),
+            **Normalizer.fit(self.train).describe(),
             "digest": _digest(self.train.pixels, self.train.labels, self.test.pixels, self.test.labels),
         }
 
@@ -126,6 +124,7 @@ class MaskedImageData:
             "train_images": len(self.train),
             "test_images": len(self.test),
             "object": self.test.masks.float().mean().item(),
+            **Normalizer.fit(self.train).describe(),
             "digest": _digest(self.train.pixels, self.train.masks, self.test.pixels, self.test.masks),
         }
 
