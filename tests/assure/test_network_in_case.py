@@ -225,7 +225,10 @@ def claims(folder: Path) -> Any:
     return json.loads((folder / "case-case" / "claims.json").read_text())
 
 
-def test_held_out_data_and_operation_are_put_to_the_network(folder: Path, runs: dict[str, Path]) -> None:
+def test_held_out_data_and_operation_are_put_to_the_network(
+    folder: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kaisa.recipes.demands.AT_ONCE", 10)  # the 24 images are answered in three lots
     assert run(["assure", "run", "case.toml"]) == 0
     network = read(runs, "logistic", sure=0.6)
     failures = sum(demand.failed for demand in network.try_out(folder / "held-out"))

@@ -36,6 +36,17 @@ def test_figures_are_those_of_scikit_learn(said: tuple[Tensor, Tensor]) -> None:
     assert found.expected_error == pytest.approx((counts * np.abs(accuracy - mean)).sum() / 800, rel=1e-12)
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below_as_in_scikit_learn() -> None:
+    calibration = pytest.importorskip("sklearn.calibration", reason="scikit-learn is not installed")
+    confidence = torch.tensor([0.5, 0.625, 0.75, 0.75, 0.875, 1.0], dtype=torch.float64)
+    targets = torch.tensor([0, 1, 0, 1, 0, 0])
+    found = measure_calibration(torch.stack([confidence, 1 - confidence], 1), targets, bins=4)
+    accuracy, mean = calibration.calibration_curve((targets == 0).numpy(), confidence.numpy(), n_bins=4)
+    assert [one.accuracy for one in found.bins] == pytest.approx(accuracy)
+    assert [one.confidence for one in found.bins] == pytest.approx(mean)
+    assert [(one.low, one.inputs) for one in found.bins] == [(0.25, 1), (0.5, 3), (0.75, 2)]
+
+
 def test_honest_probabilities_are_calibrated_and_boasting_ones_are_not() -> None:
     logits = torch.randn(50_000, 4, dtype=torch.float64)
     targets = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
