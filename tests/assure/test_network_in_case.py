@@ -148,6 +148,21 @@ def test_a_sequence_fails_whose_mean_loss_is_above_the_bound(recipe: str, runs: 
     assert 0 < sum(demand.failed for demand in demands) < len(demands)
 
 
+@pytest.mark.parametrize(
+    ("name", "criterion"),
+    [("logistic", {}), ("logistic", {"sure": 0.6}), ("unet", {"dice": 0.0}), ("gpt", {"loss": 1e9})],
+)
+def test_an_output_that_is_not_a_number_is_a_failure(
+    name: str, criterion: dict[str, float], runs: dict[str, Path]
+) -> None:
+    network = read(runs, name, **criterion)
+    assert not all(demand.failed for demand in network.try_out(None))
+    with torch.no_grad():
+        for parameter in network.trained.model.parameters():
+            parameter.fill_(torch.nan)
+    assert all(demand.failed for demand in network.try_out(None))
+
+
 def test_other_data_than_those_of_the_run_may_be_tried_out(runs: dict[str, Path], tmp_path: Path) -> None:
     pictures = read(runs, "logistic").try_out(write_pictures(tmp_path / "more", 5, 7))
     assert [demand.truth for demand in pictures] == ["bright"] * 5 + ["dark"] * 5
@@ -197,6 +212,11 @@ def test_a_measure_out_of_its_range_is_refused(criterion: Any, message: str) -> 
         Criterion(**criterion)
 
 
+def test_measures_that_differ_in_a_late_digit_are_told_apart() -> None:
+    told = [Criterion(sure=sure).describe() for sure in (0.9, 0.9999999, 0.99999995)]
+    assert told == ["sure 0.9", "sure 0.9999999", "sure 0.99999995"]
+
+
 def test_networks_that_do_not_answer_by_a_class_say_so(runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="a run of unet does not answer an image by a class"):
         read(runs, "unet", dice=0.5).answer([tmp_path / "x.png"])
@@ -211,6 +231,8 @@ def folder(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "run").symlink_to(runs["logistic"])
     (tmp_path / "case.toml").write_text(CASE)
     write_pictures(tmp_path / "held-out", 30, 3)
+    (tmp_path / "held-out" / "dark").rename(tmp_path / "linked")
+    (tmp_path / "held-out" / "dark").symlink_to(tmp_path / "linked")
     write_pictures(tmp_path / "seen", 12, 4)
     write_operation(tmp_path, [(f"seen/{name}/{index}.png", name) for index in range(12) for name in CLASSES])
     return tmp_path
@@ -292,8 +314,12 @@ def answer_more_and_forget_the_evidence(folder: Path) -> None:
     (folder / "case-case" / "case.json").unlink()
 
 
+def change_the_data_behind_a_link(folder: Path) -> None:
+    (folder / "linked" / "0.png").write_bytes((folder / "linked" / "1.png").read_bytes())
+
+
 def change_the_data(folder: Path) -> None:
-    (folder / "held-out" / "dark" / "0.png").unlink()
+    (folder / "held-out" / "bright" / "0.png").unlink()
 
 
 def lose_an_image(folder: Path) -> None:
@@ -312,6 +338,7 @@ def operate_on_the_evidence(folder: Path) -> None:
         (answer_more, "was made by another network, other data or another measure"),
         (answer_more_and_forget_the_evidence, "or when it declines"),
         (change_the_data, "was made by another network, other data"),
+        (change_the_data_behind_a_link, "was made by another network, other data"),
         (lose_an_image, "no such image file"),
         (operate_on_the_evidence, "cannot count again as operation"),
     ],

@@ -112,7 +112,7 @@ def _describe_trial(evidence: Evidence, network: Network, used: Mapping[str, str
     """Return what the evidence depends on."""
     parts = [f"network {digest_file(network.weights)}", network.criterion.describe()]
     parts += [f"{name} {digest}" for name, digest in used.items()] or ["what its run was tested on"]
-    parts += [f"belief {evidence.belief:g}", "both sides" if evidence.sides == "both" else ""]
+    parts += [f"belief {evidence.belief:.15g}", "both sides" if evidence.sides == "both" else ""]
     return ", ".join(part for part in parts if part)
 
 

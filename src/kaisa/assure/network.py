@@ -14,6 +14,8 @@ from kaisa.errors import ConfigurationError
 
 DECLINED = "(declined)"
 """What a network says where it leaves the answer to a person, which is no failure."""
+UNDEFINED = "(not a number)"
+"""What it says where its output is none, which is a failure: it has not declined."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Criterion:
 
     def describe(self) -> str:
         """Return what is said of it, in words; nothing for nothing."""
-        return ", ".join(f"{name} {value:g}" for name, value in self.given.items())
+        return ", ".join(f"{name} {value:.15g}" for name, value in self.given.items())
 
 
 @dataclass(frozen=True)

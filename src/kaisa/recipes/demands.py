@@ -3,6 +3,7 @@
     classifiers    a wrong class; less sure than `sure`, it declines
     unet           an image whose Dice is below `dice`
     gpt, bert      a sequence whose mean loss over what it predicts is above `loss`
+    all            what makes an output that is not a number
 
 Inputs are told apart by the SHA-256 of what the network sees, images from 0 to 1 or numbers of tokens.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kaisa.assure.evidence.findings import digest_input
-from kaisa.assure.network import DECLINED, Criterion, Demand
+from kaisa.assure.network import DECLINED, UNDEFINED, Criterion, Demand
 from kaisa.errors import ConfigurationError, DataError
 from kaisa.recipes.batches import ImageTests
 from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, TEXT
@@ -72,7 +73,7 @@ class TrainedNetwork:
         return [digest_input(self.trained.image(path)[0]) for path in paths]
 
     def answer(self, paths: Sequence[Path]) -> list[str]:
-        """Return the class that it says each image file shows, or that it declines."""
+        """Return the class that it says each image file shows, `DECLINED` or `UNDEFINED`."""
         if self.trained.kind != IMAGES:
             raise ConfigurationError(
                 f"a run of {self.trained.options.recipe} does not answer an image by a class; give records of its "
@@ -113,14 +114,16 @@ class TrainedNetwork:
     @torch.no_grad()
     def _say(self, images: Tensor) -> list[str]:
         sure, chosen = self.trained.model(images.to(self.trained.options.device)).softmax(1).max(1)
-        least = self.criterion.sure or 0.0
         names = [self.trained.classes[index] for index in chosen.tolist()]
-        return [name if enough else DECLINED for name, enough in zip(names, (sure >= least).tolist(), strict=True)]
+        for sign, rows in ((DECLINED, sure < (self.criterion.sure or 0.0)), (UNDEFINED, sure.isnan())):
+            names = [sign if row else name for name, row in zip(names, rows.tolist(), strict=True)]
+        return names
 
     def _failing_masks(self, outputs: Tensor, masks: Tensor) -> list[bool]:
         assert DICE.count is not None
         shares = [DICE.count(*pair) for pair in zip(outputs, masks, strict=True)]
-        return [float(found) < (self.criterion.dice or 0.0) * float(expected) for found, expected in shares]
+        fails = [float(found) < (self.criterion.dice or 0.0) * float(expected) for found, expected in shares]
+        return [failed or bool(output.isnan().any()) for failed, output in zip(fails, outputs, strict=True)]
 
     def _failing_sequences(self, scores: Tensor, tokens: Tensor) -> list[bool]:
         losses = functional.cross_entropy(scores.transpose(1, 2), tokens, ignore_index=IGNORED, reduction="none")
