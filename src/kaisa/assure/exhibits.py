@@ -139,8 +139,9 @@ def digest_path(path: Path) -> str:
     """
     if not path.is_dir():
         return digest_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return digest_bytes(*(f"{file.relative_to(path)} {digest_file(file)}".encode() for file in files))
+    walked = os.walk(path, followlinks=True)  # as what reads the data does
+    files = sorted(file for folder, _, names in walked for name in names if (file := Path(folder) / name).is_file())
+    return digest_bytes(*(os.fsencode(f"{file.relative_to(path)} {digest_file(file)}") for file in files))
 
 
 def digest_bytes(*parts: bytes) -> str:
