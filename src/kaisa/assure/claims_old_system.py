@@ -141,20 +141,10 @@ def _worst_points(p: float, old: OldSystem, seen: _Seen) -> Sequence[Pair]:
     corners = ((old.floor, old.floor), (old.bound, old.floor), (old.bound, old.bound))
     good = min(corners, key=seen.log_likelihood)
     of_new, both = seen.rate_of_new(p), (seen.rate_of_both(p), seen.rate_of_both(p))
-    below, above, beyond = (
-        seen.rate_of_old(old.floor, old.bound),
-        seen.rate_of_old(old.bound, 1),
-        seen.rate_of_old(p, 1),
-    )
-    return (
-        good,
-        (below, of_new),
-        (beyond, of_new) if of_new <= beyond else both,
-        (
-            above,
-            of_new,
-        ),  # of the least s where A's rate is beyond B's: the third is as likely then, and the fourth empty
-    )
+    below, above = seen.rate_of_old(old.floor, old.bound), seen.rate_of_old(old.bound, 1)
+    beyond = seen.rate_of_old(p, 1)
+    # The fourth is none where A's rate is beyond B's: the third is as likely then, and the least s leaves it empty.
+    return good, (below, of_new), (beyond, of_new) if of_new <= beyond else both, (above, of_new)
 
 
 def _extremes(old: OldSystem) -> Sequence[tuple[float, float, float, float]]:

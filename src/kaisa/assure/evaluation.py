@@ -102,7 +102,7 @@ def evaluate(
     exhibits = gather(file, network)
     prior = build_prior(file, [exhibit for exhibit, _ in exhibits])
     for target in file.targets:
-        target.ask(prior, 0, 0)  # refuses what no claim can be made of, before anything is written
+        target.ask(prior, 0, 0)  # refuses what no claim can be made of, before any demand is counted
     journal = open_journal(
         file.folder / file.journal, file.system, _digest_model(file, network), _basis(file, prior, exhibits)
     )
@@ -154,9 +154,8 @@ def build_prior(file: CaseFile, exhibits: Sequence[Exhibit]) -> Prior:
         if exhibit.quantile is None:
             raise ConfigurationError(f"the evidence {belief.source!r} justifies no quantile; take another one")
         _put(quantiles, exhibit.quantile)
-        if (
-            exhibit.at_most is not None and exhibit.at_most[0] >= file.floor
-        ):  # below the floor nothing is believed anyway
+        # Below the floor nothing is believed anyway.
+        if exhibit.at_most is not None and exhibit.at_most[0] >= file.floor:
             _put(at_most, exhibit.at_most)
     return Prior(quantiles, file.floor, file.at_least, file.mean, at_most)
 
