@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from kaisa.explain.needs import load
+from kaisa.explain.texts import LINE_END
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,7 +185,7 @@ def _flow(tokens: Sequence[str]) -> list[tuple[str, float, int]]:
     placed: list[tuple[str, float, int]] = []
     place, line = 0.0, 0
     for token in tokens:
-        shown = str(token).replace("\n", "⏎")
+        shown = str(token).replace("\n", LINE_END)
         if place and place + len(shown) > WIDTH:
             place, line = 0.0, line + 1
         placed.append((_plain(shown), place, line))

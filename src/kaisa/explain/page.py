@@ -13,6 +13,8 @@ from html import escape
 from itertools import zip_longest
 from typing import Any, Protocol
 
+from kaisa.explain.texts import LINE_END
+
 Figures = Mapping[str, tuple[float, ...]]
 
 
@@ -200,7 +202,7 @@ def _text(explanation: Shown, row: int, styles: Sequence[str], titles: Sequence[
     for place, (name, style, title) in enumerate(zip_longest(names, styles[: len(names)], titles[: len(names)])):
         asked = " class=asked" if place == position else ""
         told = f' style="{style}" title="{title}"' if style else ""
-        spans.append(f"<span{asked}{told}>{escape(name)}</span>" + ("<br>" if name == "↵" else ""))
+        spans.append(f"<span{asked}{told}>{escape(name)}</span>" + ("<br>" if name == LINE_END else ""))
     if position == len(names) and explanation.target is not None:
         target = str(explanation.details.get("target_names", explanation.target)[row])
         spans.append(f'<span class=asked title="explained">{escape(target)}</span>')

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 WORD = re.compile(r"\w+")
-SEEN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
+LINE_END = "↵"
+SEEN = str.maketrans({" ": "␣", "\n": LINE_END, "\t": "⇥"})
 
 
 @dataclass(frozen=True)
