@@ -72,7 +72,7 @@ def test_a_trained_model_says_of_images_what_the_recipe_s_model_says_of_normalis
     lesson = data.lesson(Record.read(run_folder).options, 0)
     inputs, _ = next(iter(lesson.tests))
     with torch.no_grad():
-        assert torch.allclose(trained.model(as_inputs(data.test)[: len(inputs)]), plain(inputs), atol=1e-5)
+        assert torch.allclose(trained.model(as_inputs(data.test.pixels[: len(inputs)])), plain(inputs), atol=1e-5)
     assert trained.classes == tuple("0123456789")
 
 
@@ -141,6 +141,9 @@ def test_the_training_images_behind_a_prediction_are_told(run_folder: Path, tmp_
         (["0", "--method", "saliency,gradcam", "--set", "stepz=3"], "none of the methods has an option 'stepz'"),
         (["0", "--method", "saliency", "--out", "page.pdf"], "page.pdf"),
         (["0", "--out", "no/such/page.html"], "there is no folder no/such"),
+        (["0", "--method", "influence", "--examples", "0"], "--examples is 0; give 1 or more"),
+        (["--method", "influence"], "influence explains inputs, and there are none"),
+        (["²"], "no such image file: ²"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(

@@ -81,6 +81,8 @@ def explain(
     for name in names:
         if name not in known:
             raise ConfigurationError(f"unknown method {name!r}; choose from {', '.join(known)}")
+    if examples < 1:
+        raise ConfigurationError(f"--examples is {examples}; give 1 or more")
     asked = Question(tuple(names), _options(set_ or []), seed, examples)
     place = Place.read(position, box)
     answer = asked.answer(_read(checkpoint, trust), tuple(inputs or ()), tuple(target or ()), place)

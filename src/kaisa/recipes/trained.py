@@ -26,8 +26,7 @@ from kaisa.recipes.batches import ImageTests, Normalizer
 from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, SCENES, TEXT, find_model
 from kaisa.recipes.crops import WholeImages
 from kaisa.recipes.data import Data, ImageData, MaskedImageData, TextData, read_data
-from kaisa.recipes.images import Images, Progress, decode_image
-from kaisa.recipes.masks import MaskedImages
+from kaisa.recipes.images import Progress, decode_image
 from kaisa.recipes.options import Options
 from kaisa.recipes.record import FILE, Record
 from kaisa.recipes.tasks import Batch
@@ -135,9 +134,9 @@ def read_trained(path: Path, progress: Progress | None = None) -> Trained:
     return Trained(model.to(options.device).eval(), options, classes, tuple(shape), weights, read)
 
 
-def as_inputs(images: Images | MaskedImages) -> Tensor:
-    """Return images as inputs from 0 to 1."""
-    return _FROM_ZERO_TO_ONE(images.pixels)
+def as_inputs(pixels: Tensor) -> Tensor:
+    """Return bytes (images, channels, height, width) as inputs from 0 to 1."""
+    return _FROM_ZERO_TO_ONE(pixels)
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:

@@ -32,8 +32,10 @@ def source_of(run: Trained) -> Source:
     """
     if run.kind == IMAGES:
         return Pictures(run.model, run.shape, run.classes, run)
-    if run.kind in (MASKED_IMAGES, TEXT):
-        return Masks(run) if run.kind == MASKED_IMAGES else Texts(run)
+    if run.kind == MASKED_IMAGES:
+        return Masks(run)
+    if run.kind == TEXT:
+        return Texts(run)
     raise ConfigurationError(
         f"the run is of the recipe {run.options.recipe}, whose detections cannot be explained so far"
     )

@@ -60,11 +60,13 @@ class Pictures(Source):
     def influence(self, posed: Posed, asked: Asked) -> Explanation:
         if self.run is None:
             return super().influence(posed, asked)
+        if posed.inputs is None:
+            raise DataError("influence explains inputs, and there are none")
         data = self.run.read_data()
         assert isinstance(data, ImageData)  # the run's kind has seen to it
         generator = torch.Generator().manual_seed(asked.seed)
         rows = torch.randperm(len(data.train), generator=generator)[: asked.examples]
-        training = Examples(as_inputs(data.train)[rows], data.train.labels[rows])
+        training = Examples(as_inputs(data.train.pixels[rows]), data.train.labels[rows])
         batches = training.inputs.split(EXAMPLES_AT_ONCE)
         factors = mean_factors(self.model, batches, fisher="categorical", layer_options=LINEAR, seed=asked.seed)
         curvature = Curvature.of(self.model, factors).moments(
@@ -94,7 +96,7 @@ class Pictures(Source):
     def _class(self, name: str) -> int:
         if name in self.classes:
             return self.classes.index(name)
-        if name.isdigit():
+        if name.isdecimal():
             return int(name)
         raise ConfigurationError(
             f"unknown target {name!r}; give a number, or one of {', '.join(self.classes) or 'none'}"

@@ -43,7 +43,7 @@ class Place:
         if box is None:
             return cls(position)
         sides = box.split(",")
-        if len(sides) != 4 or not all(side.strip().isdigit() for side in sides):
+        if len(sides) != 4 or not all(side.strip().isdecimal() for side in sides):
             raise ConfigurationError(f"--box {box!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels")
         left, top, right, bottom = (int(side) for side in sides)
         if left >= right or top >= bottom:
@@ -158,7 +158,7 @@ def stacked(
     Raises:
         DataError: they are not of one size.
     """
-    numbers = [name for name in inputs if name.isdigit() and not Path(name).exists()]
+    numbers = [name for name in inputs if name.isdecimal() and not Path(name).exists()]
     tests = iter(test(numbers).split(1) if numbers else ())
     found = [next(tests) if name in numbers else read(name) for name in inputs]
     sizes = list(dict.fromkeys("x".join(map(str, one.shape[1:])) for one in found))
