@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from kaisa.cli import run
+from kaisa.recipes.images import list_classes
 from kaisa.recipes.record import FILE, Record, describe_machine, describe_versions, find_commit
 from kaisa.recipes.trained import read_trained
 
@@ -82,7 +83,7 @@ def split(data: Path, output: Path) -> None:
     """Write the parts of a zip file of images, the same number of each class in each."""
     output.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(data) as archive:
-        classes = list_classes(archive)
+        classes = list_classes(archive.namelist(), data)
         for part, (first, last) in PARTS.items():
             partial = output / f".{part}.partial"
             with zipfile.ZipFile(partial, "w") as made:
@@ -90,15 +91,6 @@ def split(data: Path, output: Path) -> None:
                     for name in names[first:last]:
                         made.writestr(zipfile.ZipInfo(name), archive.read(name))
             partial.replace(output / f"{part}.zip")
-
-
-def list_classes(archive: zipfile.ZipFile) -> dict[str, list[str]]:
-    """Return the files of each class, in the order of their names."""
-    classes: dict[str, list[str]] = {}
-    for name in sorted(archive.namelist()):
-        if not name.endswith("/"):
-            classes.setdefault(name.split("/")[-2], []).append(name)
-    return classes
 
 
 def train(folder: Path) -> Path:
@@ -141,7 +133,7 @@ def take_photographs(data: Path, folder: Path) -> list[str]:
     """Write the images of operation as files, the last of them with noise; return the records, a line each."""
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(data) as archive:
-        pairs = [(name, of) for of, names in list_classes(archive).items() for name in names]
+        pairs = [(name, of) for of, names in list_classes(archive.namelist(), data).items() for name in names]
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))[:DEMANDS].tolist()
         noise = np.random.default_rng(SEED)
         lines = []
