@@ -135,8 +135,8 @@ def _answered(path: Path, found: Sequence[Record | Unanswered], answer: Answer |
     open_ones = [record for record in found if isinstance(record, Unanswered)]
     if open_ones and answer is None:
         raise DataError(
-            f"{path} has {len(open_ones)} records with an input and no prediction; give predictions, or name in "
-            "[system] the run whose network makes them"
+            f"{path} has {len(open_ones)} records with an input and no prediction; give predictions, or, of "
+            "operation, name in [system] the run whose network makes them"
         )
     said = iter(answer([record.path for record in open_ones]) if answer is not None and open_ones else ())
     return [record.answered(*next(said)) if isinstance(record, Unanswered) else record for record in found]
