@@ -58,11 +58,12 @@ class TrainedNetwork:
         return [demand for inputs, targets in self._tests(data) for demand in self._judge(inputs, targets)]
 
     def learned(self) -> frozenset[str] | None:
-        """Return the digest of each image that it has learned from; of text, and where the images are gone, None."""
-        try:
-            data = self.trained.read_data()
-        except DataError:
-            return None
+        """Return the digest of each image that it has learned from; None of text.
+
+        Raises:
+            DataError: the images are gone.
+        """
+        data = self.trained.read_data()
         if not isinstance(data, ImageData | MaskedImageData):
             return None
         seen = replace(self.trained.tests(), images=data.train)  # type: ignore[type-var]
