@@ -83,7 +83,7 @@ def explain(
             raise ConfigurationError(f"unknown method {name!r}; choose from {', '.join(known)}")
     if examples < 1:
         raise ConfigurationError(f"--examples is {examples}; give 1 or more")
-    asked = Question(tuple(names), _options(set_ or []), seed, examples)
+    asked = Question(tuple(names), _read_options(set_ or []), seed, examples)
     place = Place.read(position, box)
     answer = asked.answer(_read(checkpoint, trust), tuple(inputs or ()), tuple(target or ()), place)
     answer.save(out)
@@ -179,7 +179,7 @@ def _read(path: Path, is_trusted: bool) -> Source:
     return source_of(read_trained(path))
 
 
-def _options(given: Sequence[str]) -> dict[str, Any]:
+def _read_options(given: Sequence[str]) -> dict[str, Any]:
     """Return NAME=VALUE as a mapping; values are JSON, and what is no JSON is a word."""
     result: dict[str, Any] = {}
     for text in given:

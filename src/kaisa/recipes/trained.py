@@ -202,7 +202,7 @@ def _load(model: nn.Module, weights: Path) -> None:
 
 
 def _known_normalizer(described: dict[str, Any]) -> Normalizer | None:
-    """Return what the record says that images were normalised by; older records and those of masks say nothing."""
+    """Return what the record says that images were normalised by; older ones say nothing."""
     if "mean" not in described:
         return None
     mean, deviation = (torch.tensor(described[name]).view(-1, 1, 1) for name in ("mean", "deviation"))
