@@ -27,7 +27,7 @@ def noise_like(y: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return odd 16-bit integers in the shape of a tensor; times 2⁻¹⁶ they are spread evenly between −½ and ½.
 
     To draw them is what rounding costs most, so that each is a sum modulo 2¹⁶ of two that are drawn, number i of row k
-    being aᵢ + bᵢ₊ₖ. Any two of the sums share at most one of their terms and are independent: whatever is linear in
+    being aᵢ + bᵢ₊₄ₖ. Any two of the sums share at most one of their terms and are independent: whatever is linear in
     the errors of rounding has the variance that it has with a draw for each.
     """
     count = -(-y.numel() // (_SHARE * _SUMS))
@@ -42,7 +42,7 @@ def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Ten
     """Round numbers up or down so that they stay what they are on average, to within 2⁻¹⁶; integers stay.
 
     Args:
-        y: numbers of at most 2⁸; of larger ones the resolution of their type is what noise loses.
+        y: numbers of at most 2⁸ in 32 bits or more; otherwise the resolution of their type is what noise loses.
         generator: on their device; None for that of torch.
     """
     return y.add_(noise_like(y, generator), alpha=_UNIT).round_()
@@ -54,7 +54,7 @@ def parts_of(x: Tensor) -> list[slice]:
     Elsewhere, and for the compiler, it is one slice of all. A part has itself for its parts, so that whoever goes
     through those of a tensor draws the same noise for it.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.ndim == 0 or x.numel() <= _CACHED:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= _CACHED:
         return [slice(None)]
     height = max(1, _CACHED // (x.numel() // len(x)))
     return [slice(first, first + height) for first in range(0, len(x), height)]
@@ -67,7 +67,7 @@ class Grid:
     Attributes:
         step: between neighbours, above 0: one for all numbers, or shaped to broadcast over rows or columns.
         zero: the number of code 0, shaped like the step; None for exactly 0.
-        low: the lowest code.
+        low: the lowest code: one for all numbers, or shaped like the step.
         bins: spaces between codes, one less than there are codes.
     """
 
@@ -76,17 +76,16 @@ class Grid:
     low: Tensor | int
     bins: int
 
-    def coordinates(self, x: Tensor) -> Tensor:
-        """Return where numbers lie between the codes, as a new tensor."""
+    def coordinates(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return where numbers lie between the codes, as a new tensor or in one that is given, which may be x."""
         rate = self.step.reciprocal()  # a product takes half the time of a quotient
-        return x * rate if self.zero is None else (x - self.zero).mul_(rate)
+        return torch.mul(x, rate, out=out) if self.zero is None else torch.sub(x, self.zero, out=out).mul_(rate)
 
     def encode(self, x: Tensor, *, stochastic: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Return the codes of numbers, integers in their floating-point type; those beyond the grid get its ends."""
         result = torch.empty_like(x)
         for rows in parts_of(x):
-            own = self.of(rows)
-            result[rows] = own._round_(own.coordinates(x[rows]), stochastic, generator)
+            self.of(rows)._encode_into(result[rows], x[rows], stochastic, generator)
         return result
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -106,22 +105,19 @@ class Grid:
         """Return the grid of some rows."""
         if self.step.ndim < 2 or len(self.step) == 1:
             return self
-        return replace(self, step=self.step[rows], zero=None if self.zero is None else self.zero[rows])
+        low = self.low if isinstance(self.low, int) else self.low[rows]
+        return replace(self, step=self.step[rows], zero=None if self.zero is None else self.zero[rows], low=low)
 
     def _round_into(self, result: Tensor, x: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
-        inverse = replace(self, step=self.step.reciprocal())
         for rows in parts_of(x):
-            own, rate, y = self.of(rows), inverse.of(rows).step, result[rows]
-            if own.zero is None:
-                torch.mul(x[rows], rate, out=y)
-            else:
-                torch.sub(x[rows], own.zero, out=y).mul_(rate)
-            own._round_(y, stochastic, generator).mul_(own.step)
+            own = self.of(rows)
+            y = own._encode_into(result[rows], x[rows], stochastic, generator).mul_(own.step)
             if own.zero is not None:
                 y.add_(own.zero)
         return result
 
-    def _round_(self, y: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
+    def _encode_into(self, y: Tensor, x: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
+        self.coordinates(x, out=y)
         codes = round_at_random_(y, generator) if stochastic else y.round_()
         if isinstance(self.low, int):
             return codes.clamp_(self.low, self.low + self.bins)
