@@ -128,10 +128,6 @@ def _read_files(path: Path) -> dict[str, str]:
     return files
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
-
-
 def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
