@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -261,6 +262,11 @@ def test_a_report_is_a_table_a_file_and_a_picture(tmp_path: Path) -> None:
     assert lines[0].split()[1:4] == ["|gradient|²", "sampling", "8"]
     report.save(tmp_path / "report.json")
     assert VarianceReport.load(tmp_path / "report.json") == report
+    older = json.loads((tmp_path / "report.json").read_text())
+    for layer in older["layers"]:
+        del layer["module"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert VarianceReport.load(tmp_path / "older.json") == report
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -152,6 +152,7 @@ class VarianceReport:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         layers = []
         for layer in saved["layers"]:
+            layer.setdefault("module", layer["name"])  # which older reports, of modules alone, do not say
             for name in ("quantization", "own", "below"):
                 terms = layer[name].items()
                 layer[name] = {kind: {int(bits): value for bits, value in row.items()} for kind, row in terms}
