@@ -131,8 +131,8 @@ def test_factors_are_those_of_inputs_and_gradients_before_they_are_rounded(model
 def test_kfac_preconditions_the_gradients_of_few_bits(model: nn.Module) -> None:
     prepare(model, QuantConfig(gradient_bits=4))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    # With momentum and the usual damping the noise of 4 bits decides: two of three seeds end above the limit. So, each of
-    # 20 seeds falls to 0.44 of the first loss or less.
+    # With momentum and the usual damping the noise of 4 bits decides: two of three seeds end above the limit. Like this
+    # each of 20 seeds falls to 0.44 of the first loss or less.
     kfac = kaisa.KFACPreconditioner(model, optimizer, factor_update_steps=1, inv_update_steps=2, damping=0.03)
     first = loss_of(model).item()
     for _ in range(20):
