@@ -58,6 +58,7 @@ def race(
         grounds = Grounds({IMAGES: images, MASKED_IMAGES: masks, TEXT: text}, device, cache)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"kfac\b|pytorch_optimizer|torch\.optim")  # others' own affairs
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # kfac-pytorch's, in the backward pass
             count = run(races, stage, grounds, limit, lambda one, heat: _tell(one, heat, console))
         console.print(f"{count} heats")
     if draw:
