@@ -21,7 +21,7 @@ from kaisa.recipes.demands import TrainedNetwork, read_network
 from kaisa.recipes.masks import read_masked_images
 from kaisa.recipes.record import Record
 from kaisa.recipes.trained import read_trained
-from tests.support.runs import narrow_models, train
+from tests.support.runs import Runs, narrow_runs
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 CLASSES = ("bright", "dark")
@@ -61,42 +61,23 @@ def write_pictures(folder: Path, count: int, seed: int, spread: float = 60) -> P
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _narrow_models() -> Iterator[None]:
-    with narrow_models():
-        yield
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    root = tmp_path_factory.mktemp("runs")
+    learned, tests = (write_pictures(root / "logistic" / part, 40, seed) for seed, part in enumerate(("data", "tests")))
+    with narrow_runs(root, "--epochs", "1", "--repeats", "1") as runs:
+        data = ("--data", str(learned), "--test-data", str(tests))
+        runs.own["logistic"] = (*data, "--batch-size", "40", "--epochs", "2")
+        yield runs
 
 
-class Runs(dict[str, Path]):
-    """Finished runs by recipe, each trained when it is first asked for."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__()
-        self.root = root
-
-    def __missing__(self, name: str) -> Path:
-        root = self.root / name
-        root.mkdir()
-        options = ["--epochs", "1", "--repeats", "1"]
-        if name == "logistic":
-            pictures = [str(write_pictures(root / part, 40, seed)) for seed, part in enumerate(("data", "data-test"))]
-            options = ["--data", pictures[0], "--test-data", pictures[1], "--batch-size", "40", "--epochs", "2"]
-        self[name] = train(name, root, *options)
-        return self[name]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return Runs(tmp_path_factory.mktemp("runs"))
-
-
-def read(runs: dict[str, Path], name: str, **criterion: float) -> TrainedNetwork:
+def read(runs: Runs, name: str, **criterion: float) -> TrainedNetwork:
     return read_network(runs[name], Criterion(**criterion))
 
 
 # Each kind of network, judged
 
 
-def test_a_classifier_fails_where_the_record_says_that_it_was_wrong(runs: dict[str, Path]) -> None:
+def test_a_classifier_fails_where_the_record_says_that_it_was_wrong(runs: Runs) -> None:
     demands = read(runs, "logistic").try_out(None)
     (recorded,) = Record.read(runs["logistic"]).runs
     assert len(demands) == len({demand.input for demand in demands}) == 80
@@ -107,7 +88,7 @@ def test_a_classifier_fails_where_the_record_says_that_it_was_wrong(runs: dict[s
     assert all(demand.failed == (demand.prediction != demand.truth) for demand in demands)
 
 
-def test_a_classifier_that_is_not_sure_declines_and_does_not_fail(runs: dict[str, Path]) -> None:
+def test_a_classifier_that_is_not_sure_declines_and_does_not_fail(runs: Runs) -> None:
     trained = read_trained(runs["logistic"])
     with torch.no_grad():
         logits = torch.cat([trained.model(inputs) for inputs, _ in trained.tests()]).double()
@@ -121,7 +102,7 @@ def test_a_classifier_that_is_not_sure_declines_and_does_not_fail(runs: dict[str
     assert sum(expected) > 0
 
 
-def test_an_image_fails_whose_dice_is_below_the_bound(runs: dict[str, Path]) -> None:
+def test_an_image_fails_whose_dice_is_below_the_bound(runs: Runs) -> None:
     model, images = read_trained(runs["unet"]).model, read_masked_images(runs["unet"].parent / "data")
     with torch.no_grad():
         found = (model(images.pixels.float() / 255) > 0).numpy()
@@ -134,7 +115,7 @@ def test_an_image_fails_whose_dice_is_below_the_bound(runs: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("recipe", ["gpt", "bert"])
-def test_a_sequence_fails_whose_mean_loss_is_above_the_bound(recipe: str, runs: dict[str, Path]) -> None:
+def test_a_sequence_fails_whose_mean_loss_is_above_the_bound(recipe: str, runs: Runs) -> None:
     trained, losses = read_trained(runs[recipe]), []
     with torch.no_grad():
         for inputs, targets in trained.tests():
@@ -152,9 +133,7 @@ def test_a_sequence_fails_whose_mean_loss_is_above_the_bound(recipe: str, runs: 
     ("name", "criterion"),
     [("logistic", {}), ("logistic", {"sure": 0.6}), ("unet", {"dice": 0.0}), ("gpt", {"loss": 1e9})],
 )
-def test_an_output_that_is_not_a_number_is_a_failure(
-    name: str, criterion: dict[str, float], runs: dict[str, Path]
-) -> None:
+def test_an_output_that_is_not_a_number_is_a_failure(name: str, criterion: dict[str, float], runs: Runs) -> None:
     network = read(runs, name, **criterion)
     assert not all(demand.failed for demand in network.try_out(None))
     with torch.no_grad():
@@ -163,7 +142,7 @@ def test_an_output_that_is_not_a_number_is_a_failure(
     assert all(demand.failed for demand in network.try_out(None))
 
 
-def test_other_data_than_those_of_the_run_may_be_tried_out(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_other_data_than_those_of_the_run_may_be_tried_out(runs: Runs, tmp_path: Path) -> None:
     pictures = read(runs, "logistic").try_out(write_pictures(tmp_path / "more", 5, 7))
     assert [demand.truth for demand in pictures] == ["bright"] * 5 + ["dark"] * 5
     masks = read(runs, "unet", dice=0.5)
@@ -176,7 +155,7 @@ def test_other_data_than_those_of_the_run_may_be_tried_out(runs: dict[str, Path]
             read(runs, "gpt", loss=1.0).try_out(tmp_path / name)
 
 
-def test_what_was_learned_from_is_known_of_images(runs: dict[str, Path]) -> None:
+def test_what_was_learned_from_is_known_of_images(runs: Runs) -> None:
     for name, criterion in (("logistic", {}), ("unet", {"dice": 0.5})):
         network = read(runs, name, **criterion)
         again = {demand.input for demand in network.try_out(runs[name].parent / "data")}
@@ -197,9 +176,7 @@ def test_what_was_learned_from_is_known_of_images(runs: dict[str, Path]) -> None
         ("maskrcnn", {}, "demands of a run of maskrcnn are not judged here"),
     ],
 )
-def test_a_measure_that_is_missing_or_foreign_is_refused(
-    name: str, criterion: Any, message: str, runs: dict[str, Path]
-) -> None:
+def test_a_measure_that_is_missing_or_foreign_is_refused(name: str, criterion: Any, message: str, runs: Runs) -> None:
     with pytest.raises(ConfigurationError, match=message):
         read(runs, name, **criterion)
 
@@ -217,7 +194,7 @@ def test_measures_that_differ_in_a_late_digit_are_told_apart() -> None:
     assert told == ["sure 0.9", "sure 0.9999999", "sure 0.99999995"]
 
 
-def test_networks_that_do_not_answer_by_a_class_say_so(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_networks_that_do_not_answer_by_a_class_say_so(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="a run of unet does not answer an image by a class"):
         read(runs, "unet", dice=0.5).answer([tmp_path / "x.png"])
 
@@ -226,7 +203,7 @@ def test_networks_that_do_not_answer_by_a_class_say_so(runs: dict[str, Path], tm
 
 
 @pytest.fixture
-def folder(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(runs["logistic"])
     (tmp_path / "case.toml").write_text(CASE)
@@ -248,7 +225,7 @@ def claims(folder: Path) -> Any:
 
 
 def test_held_out_data_and_operation_are_put_to_the_network(
-    folder: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    folder: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kaisa.recipes.demands.AT_ONCE", 10)  # the 24 images are answered in three lots
     assert run(["assure", "run", "case.toml"]) == 0

@@ -18,24 +18,19 @@ from torch import Tensor, nn
 from kaisa.cli import run
 from kaisa.recipes.trained import read_trained
 from tests.support.browser import BROWSER, photograph
-from tests.support.runs import narrow_models, train
+from tests.support.runs import Runs, narrow_runs
 
 TEXT = "a cat saw the"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _narrow_models() -> Iterator[None]:
-    with narrow_models():
-        yield
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {recipe: train(recipe, tmp_path_factory.mktemp(recipe)) for recipe in ("gpt", "bert", "unet", "mlp")}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with narrow_runs(tmp_path_factory.mktemp("runs")) as runs:
+        yield runs
 
 
 @pytest.fixture
-def told(runs: dict[str, Path], tmp_path: Path) -> Any:
+def told(runs: Runs, tmp_path: Path) -> Any:
     """Return what asks the command about a run, and gives the JSON that it wrote."""
 
     def ask(recipe: str, *arguments: str) -> dict[str, Any]:
@@ -57,9 +52,7 @@ def of_text(run: Path, text: str) -> tuple[nn.Module, Tensor, tuple[str, ...]]:
     return trained.model, torch.tensor([[tokens.index(character) for character in text]]), tokens
 
 
-def test_integrated_gradients_of_a_text_add_up_to_what_its_embeddings_add_to_the_logit(
-    told: Any, runs: dict[str, Path]
-) -> None:
+def test_integrated_gradients_of_a_text_add_up_to_what_its_embeddings_add_to_the_logit(told: Any, runs: Runs) -> None:
     record = told("gpt", TEXT, "--method", "integrated_gradients", "--target", "h", "--set", "steps=100")
     model, tokens, vocabulary = of_text(runs["gpt"], TEXT)
     with torch.no_grad():
@@ -74,7 +67,7 @@ def test_integrated_gradients_of_a_text_add_up_to_what_its_embeddings_add_to_the
     assert float(numbers(record["values"]).sum()) == pytest.approx(float(here - there), abs=1e-4)
 
 
-def test_the_most_likely_next_token_is_explained_unless_another_is_named(told: Any, runs: dict[str, Path]) -> None:
+def test_the_most_likely_next_token_is_explained_unless_another_is_named(told: Any, runs: Runs) -> None:
     model, tokens, vocabulary = of_text(runs["gpt"], TEXT)
     record = told("gpt", TEXT, "--method", "saliency")
     with torch.no_grad():
@@ -94,7 +87,7 @@ def test_tokens_that_the_model_cannot_see_have_no_part_in_what_it_foretells(meth
     assert record["details"]["position"] == 5
 
 
-def test_what_perturbs_sees_what_changes_the_logit(told: Any, runs: dict[str, Path]) -> None:
+def test_what_perturbs_sees_what_changes_the_logit(told: Any, runs: Runs) -> None:
     record = told("gpt", "cat", "--method", "kernelshap", "--target", "s")
     model, tokens, vocabulary = of_text(runs["gpt"], "cat")
 
@@ -115,7 +108,7 @@ def test_what_perturbs_sees_what_changes_the_logit(told: Any, runs: dict[str, Pa
     assert abs(expected).max() > 1e-3
 
 
-def test_a_mask_in_a_text_is_the_token_that_is_looked_for(told: Any, runs: dict[str, Path]) -> None:
+def test_a_mask_in_a_text_is_the_token_that_is_looked_for(told: Any, runs: Runs) -> None:
     trained = read_trained(runs["bert"])
     tokens = trained.vocabulary().tokens
     text = torch.tensor([[tokens.index(word) for word in ("a", "<mask>", "saw", "the", "eel")]])
@@ -152,7 +145,7 @@ def test_words_are_hidden_by_what_hides_words_in_training(method: str, told: Any
         assert set(detail["rule"]) <= {"a", "saw", "the", "eel", "<mask>"}
 
 
-def test_texts_come_from_files_and_from_what_was_tested_on(told: Any, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_texts_come_from_files_and_from_what_was_tested_on(told: Any, runs: Runs, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT + "\n")
     literal, from_file = (told("gpt", text, "--method", "saliency") for text in (TEXT, str(path)))
@@ -166,7 +159,7 @@ def test_texts_come_from_files_and_from_what_was_tested_on(told: Any, runs: dict
     assert hidden["names"][0][hidden["details"]["position"]] == "<mask>"
 
 
-def test_tokens_are_deleted_and_inserted_in_the_order_of_their_values(told: Any, runs: dict[str, Path]) -> None:
+def test_tokens_are_deleted_and_inserted_in_the_order_of_their_values(told: Any, runs: Runs) -> None:
     figures = told("gpt", TEXT, "--method", "saliency,smoothgrad", "--target", "e")["figures"]
     (values,) = numbers(told("gpt", TEXT, "--method", "saliency", "--target", "e")["values"])
     model, tokens, vocabulary = of_text(runs["gpt"], TEXT)
@@ -186,9 +179,7 @@ def test_tokens_are_deleted_and_inserted_in_the_order_of_their_values(told: Any,
     assert abs(figures["saliency"]["randomisation"]) <= 1
 
 
-def test_what_training_texts_do_to_the_probabilities_of_all_next_tokens_cancels(
-    told: Any, runs: dict[str, Path]
-) -> None:
+def test_what_training_texts_do_to_the_probabilities_of_all_next_tokens_cancels(told: Any, runs: Runs) -> None:
     # Σ p(y) ∇ log p(y) = 0: influence is linear in the gradient of the loss of the explained token, − log p(y).
     model, tokens, vocabulary = of_text(runs["gpt"], "a cat")
     targets = [part for token in vocabulary for part in ("--target", token)]
@@ -204,7 +195,7 @@ def test_what_training_texts_do_to_the_probabilities_of_all_next_tokens_cancels(
 
 
 @pytest.mark.parametrize(("recipe", "text"), [("gpt", "a cat saw"), ("bert", "a [MASK] saw the")])
-def test_the_training_texts_behind_a_token_are_told(recipe: str, text: str, told: Any, runs: dict[str, Path]) -> None:
+def test_the_training_texts_behind_a_token_are_told(recipe: str, text: str, told: Any, runs: Runs) -> None:
     saliency = told(recipe, text, "--method", "saliency")
     record = told(recipe, text, "--method", "influence", "--examples", "40")
     assert record["target"] == saliency["target"]
@@ -227,9 +218,7 @@ def predicted(run: Path, number: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
         return trained.model, image, trained.model(image)[0] > 0
 
 
-def test_integrated_gradients_of_a_mask_add_up_to_the_mean_logit_over_the_object(
-    told: Any, runs: dict[str, Path]
-) -> None:
+def test_integrated_gradients_of_a_mask_add_up_to_the_mean_logit_over_the_object(told: Any, runs: Runs) -> None:
     record = told("unet", "0", "--method", "integrated_gradients", "--set", "steps=400")
     model, image, found = predicted(runs["unet"])
     with torch.no_grad():
@@ -240,7 +229,7 @@ def test_integrated_gradients_of_a_mask_add_up_to_the_mean_logit_over_the_object
     assert float(numbers(record["values"]).sum()) == pytest.approx(here - there, abs=0.01)
 
 
-def test_the_background_is_explained_where_the_background_is(told: Any, runs: dict[str, Path]) -> None:
+def test_the_background_is_explained_where_the_background_is(told: Any, runs: Runs) -> None:
     model, image, found = predicted(runs["unet"])
     record = told("unet", "0", "--method", "saliency", "--target", "background")
     x = image.clone().requires_grad_()
@@ -296,7 +285,7 @@ def test_digits_that_a_perceptron_reads_are_images(told: Any) -> None:
 
 @pytest.mark.parametrize(("recipe", "inputs"), [("gpt", [TEXT]), ("bert", ["0"]), ("unet", ["0"])])
 def test_several_methods_are_compared_on_texts_and_masks(
-    recipe: str, inputs: list[str], runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, inputs: list[str], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "page.html"
     arguments = ["explain", str(runs[recipe]), *inputs, "--method", "saliency,lime", "--set", "samples=20"]
@@ -310,7 +299,7 @@ def test_several_methods_are_compared_on_texts_and_masks(
     assert page.count('class="tokens') == (0 if recipe == "unet" else 3)
 
 
-def test_a_page_shows_tokens_in_colours_the_explained_one_in_a_frame(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_page_shows_tokens_in_colours_the_explained_one_in_a_frame(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     arguments = ["--method", "integrated_gradients", "--target", "h", "--out", str(out)]
     assert run(["explain", str(runs["gpt"]), "a cat saw", *arguments]) == 0
@@ -324,7 +313,7 @@ def test_a_page_shows_tokens_in_colours_the_explained_one_in_a_frame(runs: dict[
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_page_of_a_text_is_drawn_by_a_browser(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_page_of_a_text_is_drawn_by_a_browser(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert run(["explain", str(runs["gpt"]), "0", "--method", "lime,saliency", "--out", str(out)]) == 0
     pixels = photograph(out, tmp_path)
@@ -374,7 +363,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     recipe: str,
     arguments: list[str],
     message: str,
-    runs: dict[str, Path],
+    runs: Runs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -388,9 +377,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_without_an_object_is_refused(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_image_without_an_object_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "blind"
     shutil.copytree(runs["unet"], folder)
     (weights,) = folder.glob("*.safetensors")

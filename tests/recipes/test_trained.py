@@ -19,28 +19,19 @@ from kaisa.recipes.detectors import MaskRCNN
 from kaisa.recipes.loop import evaluate
 from kaisa.recipes.record import Record
 from kaisa.recipes.trained import read_trained
-from tests.support.runs import narrow_models, train
+from tests.support.runs import Runs, narrow_runs, train
 
 RECIPES = ("unet", "gpt", "bert", "resnet", "maskrcnn", "mlp")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _narrow_models() -> Iterator[None]:
-    with narrow_models():
-        yield
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        recipe: train(recipe, tmp_path_factory.mktemp(recipe), "--epochs", "1", "--repeats", "1") for recipe in RECIPES
-    }
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with narrow_runs(tmp_path_factory.mktemp("runs"), "--epochs", "1", "--repeats", "1") as runs:
+        yield runs
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_model_that_is_read_again_says_of_what_it_was_tested_on_what_the_record_says(
-    recipe: str, runs: dict[str, Path]
-) -> None:
+def test_a_model_that_is_read_again_says_of_what_it_was_tested_on_what_the_record_says(recipe: str, runs: Runs) -> None:
     trained = read_trained(runs[recipe])
     assert not trained.model.training
     lesson = trained.read_data().lesson(trained.options, 0)
@@ -54,7 +45,7 @@ def test_a_model_that_is_read_again_says_of_what_it_was_tested_on_what_the_recor
         assert found / expected == pytest.approx(recorded.epochs[-1].test_score, abs=1e-4)
 
 
-def test_what_a_model_takes_is_told(runs: dict[str, Path]) -> None:
+def test_what_a_model_takes_is_told(runs: Runs) -> None:
     told = {recipe: read_trained(runs[recipe]) for recipe in RECIPES}
     assert {recipe: trained.kind for recipe, trained in told.items()} == {
         "unet": "masked images",
@@ -71,14 +62,14 @@ def test_what_a_model_takes_is_told(runs: dict[str, Path]) -> None:
     assert told["unet"].classes == told["gpt"].classes == ()
 
 
-def test_tests_of_images_are_from_0_to_1(runs: dict[str, Path]) -> None:
+def test_tests_of_images_are_from_0_to_1(runs: Runs) -> None:
     for recipe in ("resnet", "unet", "mlp"):
         inputs, _ = next(iter(read_trained(runs[recipe]).tests()))
         assert inputs.min() >= 0
         assert 0.9 < inputs.max() <= 1
 
 
-def test_the_vocabulary_is_that_of_the_text(runs: dict[str, Path]) -> None:
+def test_the_vocabulary_is_that_of_the_text(runs: Runs) -> None:
     words = read_trained(runs["bert"]).vocabulary()
     assert set(words.tokens[2:]) == {"a", "b", "c", "cat", "saw", "the", "eel", "\n"}
     characters = read_trained(runs["gpt"]).vocabulary()
@@ -87,7 +78,7 @@ def test_the_vocabulary_is_that_of_the_text(runs: dict[str, Path]) -> None:
         read_trained(runs["mlp"]).vocabulary()
 
 
-def test_an_image_for_masks_keeps_its_size_but_for_a_border(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_image_for_masks_keeps_its_size_but_for_a_border(runs: Runs, tmp_path: Path) -> None:
     trained, path = read_trained(runs["unet"]), tmp_path / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 255, (53, 35, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -123,7 +114,7 @@ def test_other_data_than_those_of_the_run_are_refused_and_so_are_missing_ones(tm
     assert trained.model(torch.zeros(1, 16, dtype=torch.long)).shape[:2] == (1, 16)
 
 
-def test_weights_of_another_recipe_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_of_another_recipe_are_refused(runs: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     shutil.copytree(runs["gpt"], folder)
     (weights,) = folder.glob("*.safetensors")
@@ -132,9 +123,7 @@ def test_weights_of_another_recipe_are_refused(runs: dict[str, Path], tmp_path: 
         read_trained(folder)
 
 
-def test_a_detector_of_torchvision_is_refused_without_it(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detector_of_torchvision_is_refused_without_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
     monkeypatch.setitem(DETECTORS, "smallest", MaskRCNN("any"))
     with pytest.raises(ConfigurationError, match=r"the recipe maskrcnn needs torchvision"):

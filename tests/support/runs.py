@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,29 @@ def narrow_models() -> Iterator[None]:
         patch.setitem(BERTS, "smallest", lambda tokens, positions: MaskedBert(Width(2, 16, 2, 32, tokens, positions)))
         patch.setitem(DETECTORS, "smallest", lambda classes, side: Detector(TinyDetector(classes)))
         yield
+
+
+class Runs(dict[str, Path]):
+    """Finished runs by recipe, each trained when it is first asked for."""
+
+    def __init__(self, root: Path, options: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._root = root
+        self._options = options
+        self.own: dict[str, Sequence[str]] = {}  # the options of recipes that do not go by the usual ones
+
+    def __missing__(self, recipe: str) -> Path:
+        folder = self._root / recipe
+        folder.mkdir(exist_ok=True)
+        self[recipe] = train(recipe, folder, *self.own.get(recipe, self._options))
+        return self[recipe]
+
+
+@contextmanager
+def narrow_runs(root: Path, *options: str) -> Iterator[Runs]:
+    """Let the recipes know the model "smallest" for a while, and give their runs."""
+    with narrow_models():
+        yield Runs(root, options)
 
 
 def train(recipe: str, folder: Path, *options: str) -> Path:
