@@ -67,6 +67,11 @@ def test_from_one_to_all_but_one_word_is_left_out_and_each_number_as_often(gener
     assert found.double().mean(0).tolist() == pytest.approx([0.5] * 5, abs=0.03)
 
 
+def test_the_only_word_of_a_text_is_left_out_half_of_the_time(generator: torch.Generator) -> None:
+    found = ThinnedTexts("a").sample(torch.zeros(8000, 1).bool(), generator)[0]
+    assert found.double().mean().item() == pytest.approx(0.5, abs=0.03)  # five deviations
+
+
 def test_rows_are_drawn_feature_by_feature_and_keep_what_is_fixed(generator: torch.Generator) -> None:
     fixed = torch.tensor([[True, True], [True, False], [False, False]]).repeat_interleave(3000, 0)
     found, rows = Bins(table(), torch.zeros(1, 2)).sample(fixed, generator)

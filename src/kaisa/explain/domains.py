@@ -123,11 +123,14 @@ class Texts(Domain):
 
 
 class ThinnedTexts(Texts):
-    """A text of which a number of words, drawn evenly from 1 to all but one, is left out: the samples of LIME."""
+    """A text of which a number of words, drawn evenly from 1 to all but one, is left out: the samples of LIME.
+
+    The only word of a text is left out half of the time.
+    """
 
     def sample(self, fixed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count = fixed.shape[1]
-        removed = torch.randint(1, max(2, count), (len(fixed), 1), generator=generator)
+        removed = torch.randint(min(1, count - 1), max(2, count), (len(fixed), 1), generator=generator)
         order = torch.rand(fixed.shape, generator=generator).argsort(1).argsort(1)
         present = (order >= removed) | fixed
         return present, present
