@@ -308,12 +308,6 @@ def operate_on_the_evidence(folder: Path) -> None:
         stream.write(f"held-out/dark/0.png,dark,{(START + timedelta(days=1)).isoformat()}\n")
 
 
-def operate_on_what_was_learned_from(folder: Path) -> None:
-    learned = (folder / "run").resolve().parent / "data" / "dark" / "0.png"
-    with (folder / "operation.csv").open("a") as stream:
-        stream.write(f"{learned},dark,{(START + timedelta(days=1)).isoformat()}\n")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -324,7 +318,6 @@ def operate_on_what_was_learned_from(folder: Path) -> None:
         (change_the_data_behind_a_link, "was made by another network, other data"),
         (lose_an_image, "no such image file"),
         (operate_on_the_evidence, "cannot count again as operation"),
-        (operate_on_what_was_learned_from, "has learned from the input of 1 records in"),
     ],
 )
 def test_a_changed_network_measure_or_input_is_refused_and_the_journal_left(

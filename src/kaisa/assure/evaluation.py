@@ -94,7 +94,7 @@ def evaluate(
 
     Raises:
         ConfigurationError: the case file contradicts itself.
-        DataError: records are malformed, out of order, used twice or learned from; the journal is as it was.
+        DataError: records are malformed, out of order or used twice; the journal is as it was.
         StateError: the journal is damaged, or model, prior or evidence are not those that it was begun with.
     """
     if file.run and network is None:
@@ -110,7 +110,6 @@ def evaluate(
         path = file.folder / file.records
         stream = read_records(path, None if network is None else partial(_answer, network, journal))
         _refuse_reuse(path, stream, file, [exhibit for exhibit, _ in exhibits])
-        _refuse_learned(path, stream, network)
         journal = append(journal, stream, now or datetime.now(UTC), file.frozen)
     results = tuple(_result(target, prior, journal) for target in file.targets)
     return Evaluation(file, prior, journal, tuple(exhibits), results)
@@ -248,19 +247,6 @@ def _refuse_reuse(path: Path, stream: Sequence[Record], file: CaseFile, exhibits
                 f"the evidence {exhibit.name!r} has used {file.records} already ({where}); what the prior was drawn "
                 "from cannot count again as operation: leave it out of one of them"
             )
-
-
-def _refuse_learned(path: Path, stream: Sequence[Record], network: Network | None) -> None:
-    """Refuse operation that the network has learned from, where that can be told."""
-    if network is None or not any(record.input for record in stream):
-        return
-    learned = network.learned() or frozenset()
-    known = [number for number, record in enumerate(stream, 1) if record.input in learned]
-    if known:
-        raise DataError(
-            f"the network has learned from the input of {len(known)} records in {path}, the first is {known[0]}; "
-            "leave them out, since they say nothing of what it has not seen"
-        )
 
 
 def _basis(file: CaseFile, prior: Prior, exhibits: Sequence[tuple[Exhibit, str]]) -> str:
