@@ -17,10 +17,12 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kaisa.quantize import QuantConfig, prepare
 from kaisa.recipes.contestants import learning_rate_share
@@ -69,7 +71,9 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), help="such as qat:8 bhq:5 ptq:3")
+    parser.add_argument(
+        "--ways", nargs="*", default=list(WAYS), help="such as qat:8 bhq:5, or bhq:4,8 with 8 at the last layer"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--draw", nargs="+", type=Path, metavar="FILE", help="the picture, then the results")
     given = parser.parse_args()
@@ -116,12 +120,24 @@ def _smaller(data: Any) -> Any:
     return ImageData(some, data.test, data.source)
 
 
+def read_way(way: str, model: nn.Module) -> QuantConfig:
+    """Return the options of a way: "bhq:4,8" is "bhq:4" with 8 bits for the gradient at the last layer."""
+    usual, comma, last = way.partition(",")
+    config = QuantConfig.read(usual)
+    if not comma:
+        return config
+    assert isinstance(config.gradient_bits, int)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    bits = dict.fromkeys(names, config.gradient_bits) | {names[-1]: int(last)}
+    return replace(config, gradient_bits=bits)
+
+
 def train(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int) -> dict[str, Any]:
     """Train once; return the figures."""
     torch.manual_seed(seed)
     model = lesson.build()
     if way != FLOAT:
-        prepare(model, QuantConfig.read(way))
+        prepare(model, read_way(way, model))
     (contestant,) = options.build_contestants()
     optimizer = contestant.build_optimizer(model)
     kfac = contestant.build_preconditioner(model, optimizer, seed, loss_terms=lesson.batches.terms)
