@@ -215,19 +215,24 @@ def draw(picture: Path, studies: Sequence[dict[str, Any]]) -> None:
 def _draw(panel: Any, results: dict[str, Any]) -> None:
     found = differences(results)
     for index, (color, kind) in enumerate(zip(("tab:red", "tab:orange", "tab:blue"), QUANTIZERS, strict=True)):
-        bits = sorted(int(way.split(":")[1]) for way in found if way.startswith(kind))
+        bits = sorted(int(way.split(":")[1]) for way in found if way.startswith(kind) and "," not in way)
         if not bits:
             continue
         mean, error, _ = zip(*(found[f"{kind}:{count}"] for count in bits), strict=True)
         places = [count + 0.06 * (index - 1) for count in bits]  # beside one another
         panel.errorbar(places, mean, yerr=error, marker="o", capsize=3, color=color, label=kind.upper())
+    for way in (way for way in found if "," in way):
+        usual, last = way.split(",")
+        mean, error, _ = found[way]
+        place, label = int(usual.split(":")[1]) + 0.15, f"{usual}, last layer {last}"
+        panel.errorbar(place, mean, yerr=error, marker="*", capsize=3, color="black", label=label)
     panel.axhline(0, color="black", linestyle="--", linewidth=1, label=QAT)
     if FLOAT in found:
         panel.axhline(found[FLOAT][0], color="black", linestyle=":", linewidth=1, label=FLOAT)
     panel.set_xlabel("bits of the gradients")
     panel.set_ylabel(f"test {results['score']}, less QAT's of the same seed")
     panel.set_title(f"{results['settings']['model']}, {results['settings']['steps']} steps")
-    panel.set_xticks(sorted({int(way.split(":")[1]) for way in found if way != FLOAT}))
+    panel.set_xticks(sorted({int(way.split(":")[1]) for way in found if way != FLOAT and "," not in way}))
     panel.invert_xaxis()
     panel.legend(fontsize=8)
 

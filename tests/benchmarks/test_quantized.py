@@ -84,7 +84,9 @@ def test_ways_are_compared_with_qat_seed_by_seed(training: ModuleType) -> None:
 
 
 def test_what_there_is_so_far_can_be_drawn(training: ModuleType, tmp_path: Path) -> None:
-    study = results({"float": [0.8], "qat:8": [0.7, 0.71], "bhq:5": [0.7, 0.72], "bhq:4": [0.6], "ptq:4": [None]})
+    study = results(
+        {"float": [0.8], "qat:8": [0.7, 0.71], "bhq:5": [0.7, 0.72], "bhq:4": [0.6], "bhq:4,8": [0.7], "ptq:4": [None]}
+    )
     training.draw(tmp_path / "images" / "out.png", [study, study])
     assert (tmp_path / "images" / "out.png").stat().st_size > 1000
 
@@ -107,6 +109,12 @@ def test_a_study_goes_on_where_it_was(training: ModuleType, tmp_path: Path, monk
     training.study("resnet", "images.zip", output, ["qat:8", "bhq:5"], [0, 1])
     assert done == [("qat:8", 0), ("bhq:5", 0), ("qat:8", 1), ("bhq:5", 1)]
     assert len(json.loads(output.read_text())["runs"]) == 4
+
+
+def test_a_way_may_have_other_bits_at_the_last_layer(training: ModuleType) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2))
+    assert training.read_way("bhq:4,8", model).gradient_bits == {"0": 4, "2": 4, "4": 8}
+    assert training.read_way("bhq:4", model).gradient_bits == 4
 
 
 @pytest.mark.parametrize("way", ["float", "qat:8", "bhq:4"])
