@@ -6,6 +6,7 @@ on where it was, and holds comparable figures at any time.
 
     python benchmarks/quantized_training.py resnet --data CIFAR10-train.zip --output benchmarks/results/quantized_resnet20.json
     python benchmarks/quantized_training.py bert --data TEXT.zip --output benchmarks/results/quantized_bert.json
+    python benchmarks/quantized_training.py bert --data TEXT.zip --variance benchmarks/results/quantized_bert_variance.json
     python benchmarks/quantized_training.py --draw docs/images/quantized-training.png benchmarks/results/quantized_*.json
 """  # noqa: E501 - commands that can be copied
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kaisa.quantize import QuantConfig, prepare
+from kaisa.quantize import QuantConfig, prepare, variance_report
 from kaisa.recipes.contestants import learning_rate_share
 from kaisa.recipes.data import ImageData, read_data
 from kaisa.recipes.images import Images
@@ -62,6 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 TRAIN_IMAGES = 6400
+REPORTED_AFTER = 60
 MOST_STEPS = {"resnet": 250, "bert": 500}
 
 
@@ -75,10 +77,15 @@ def main() -> None:
         "--ways", nargs="*", default=list(WAYS), help="such as qat:8 bhq:5, or bhq:4,8 with 8 at the last layer"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--variance", type=Path, metavar="FILE", help="report variance after some steps, and no study")
     parser.add_argument("--draw", nargs="+", type=Path, metavar="FILE", help="the picture, then the results")
     given = parser.parse_args()
     if given.draw:
         draw(given.draw[0], [json.loads(path.read_text("utf-8")) for path in given.draw[1:]])
+        return
+    if given.recipe is not None and given.data is not None and given.variance is not None:
+        torch.set_num_threads(given.threads)
+        report_variance(given.recipe, given.data, given.variance)
         return
     if given.recipe is None or given.data is None or given.output is None:
         parser.error("give a recipe, --data and --output, or --draw")
@@ -107,6 +114,22 @@ def study(recipe: str, data: str, output: Path, ways: Sequence[str], seeds: Sequ
                 print(json.dumps(results["runs"][-1]), flush=True)
 
 
+def report_variance(recipe: str, data: str, output: Path) -> None:
+    """Train in float for some steps, with seed 0, and say what each quantiser would add on the next batch."""
+    options = Options.complete({**SETTINGS[recipe], "data": data})
+    lesson = _smaller(read_data(options)).lesson(options, 0)
+    model, _ = fit(lesson, options, FLOAT, 0, REPORTED_AFTER)
+    batch = next(iter(lesson.batches.epoch(1)))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        value: torch.Tensor = lesson.task.loss(model(batch[0]), batch[1])
+        return value
+
+    report = variance_report(model, batch, loss, kinds=QUANTIZERS, bits=BITS)
+    report.save(output)
+    print(report)
+
+
 def _begun(output: Path) -> dict[str, Any] | None:
     found: dict[str, Any] | None = json.loads(output.read_text("utf-8")) if output.exists() else None
     return found
@@ -132,8 +155,8 @@ def read_way(way: str, model: nn.Module) -> QuantConfig:
     return replace(config, gradient_bits=bits)
 
 
-def train(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int) -> dict[str, Any]:
-    """Train once; return the figures."""
+def fit(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int) -> tuple[nn.Module, float]:
+    """Train once; return the model and the last loss."""
     torch.manual_seed(seed)
     model = lesson.build()
     if way != FLOAT:
@@ -141,7 +164,7 @@ def train(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int
     (contestant,) = options.build_contestants()
     optimizer = contestant.build_optimizer(model)
     kfac = contestant.build_preconditioner(model, optimizer, seed, loss_terms=lesson.batches.terms)
-    start, steps, epoch, loss = time.process_time(), 0, 0, torch.tensor(math.nan)
+    steps, epoch, loss = 0, 0, torch.tensor(math.nan)
     model.train()
     while steps < most_steps:
         for inputs, targets in lesson.batches.epoch(epoch):
@@ -157,6 +180,15 @@ def train(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int
             if steps == most_steps:
                 break
         epoch += 1
+    if kfac is not None:
+        kfac.close()
+    return model, loss.item()
+
+
+def train(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int) -> dict[str, Any]:
+    """Train once; return the figures."""
+    start = time.process_time()
+    model, loss = fit(lesson, options, way, seed, most_steps)
     seconds = time.process_time() - start
     test_loss, (score, *_) = evaluate(model, lesson).means()
     is_finite = math.isfinite(test_loss)
@@ -165,7 +197,7 @@ def train(lesson: Lesson, options: Options, way: str, seed: int, most_steps: int
         "seed": seed,
         "score": score if is_finite else None,
         "test_loss": test_loss if is_finite else None,
-        "train_loss": loss.item() if math.isfinite(loss.item()) else None,
+        "train_loss": loss if math.isfinite(loss) else None,
         "cpu_seconds": round(seconds, 1),
     }
 
