@@ -167,25 +167,36 @@ def test_the_completeness_gap_is_that_of_the_values(double_net: tuple[nn.Module,
         assert said.quality["completeness_gap"] == pytest.approx(gap.tolist(), rel=1e-6, abs=1e-12)
 
 
-def test_an_input_that_the_model_does_not_read_gets_nothing() -> None:
-    class Blind(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([(x[:, 0] * x[:, 1]).relu(), x[:, 0].relu()], 1)
+def _network(seed: int) -> tuple[nn.Module, nn.Linear, Tensor]:
+    """Return a random network, its first layer, and inputs."""
+    torch.manual_seed(seed)
+    first = nn.Linear(5, 8)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    return model, first, torch.randn(3, 5, dtype=torch.float64)
 
-    x = torch.rand(3, 3) + 0.1
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), blind=st.integers(0, 4), target=st.integers(0, 2))
+def test_an_input_without_a_weight_gets_nothing_of_any_network(seed: int, blind: int, target: int) -> None:
+    model, first, x = _network(seed)
+    with torch.no_grad():
+        first.weight[:, blind] = 0
     for method in ("saliency", "integrated_gradients", "guided_backprop", "smoothgrad"):
-        assert (explain(Blind(), x, method, 0).values[:, 2] == 0).all()
+        assert (explain(model, x, method, target).values[:, blind] == 0).all()
+    # KernelSHAP solves a least-squares problem, to the last digits of float64 alone.
+    assert explain(model, x, "kernelshap", target).values[:, blind].abs().max() < 1e-10
 
 
-def test_inputs_that_the_model_treats_alike_get_the_same() -> None:
-    class Symmetric(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([(x[:, 0] + x[:, 1]).tanh() * x[:, 2], x.sum(1)], 1)
-
-    x = torch.tensor([[0.3, 0.3, 0.9]], dtype=torch.float64)
-    for method in ("saliency", "integrated_gradients"):
-        values = explain(Symmetric(), x, method, 0).values[0]
-        assert values[0] == pytest.approx(float(values[1]), rel=1e-12)
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10**6), target=st.integers(0, 2))
+def test_inputs_of_equal_weights_and_values_get_the_same_of_any_network(seed: int, target: int) -> None:
+    model, first, x = _network(seed)
+    with torch.no_grad():
+        first.weight[:, 3] = first.weight[:, 1]
+    x[:, 3] = x[:, 1]
+    for method in ("saliency", "integrated_gradients", "guided_backprop", "kernelshap"):
+        values = explain(model, x, method, target).values
+        torch.testing.assert_close(values[:, 3], values[:, 1], rtol=1e-9, atol=1e-10)
 
 
 def test_tokens_are_explained_at_their_embeddings(token_net: nn.Module) -> None:
