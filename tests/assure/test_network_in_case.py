@@ -150,7 +150,7 @@ def test_other_data_than_those_of_the_run_may_be_tried_out(runs: Runs, tmp_path:
     (tmp_path / "more.txt").write_text("a cat saw the eel\n" * 9)  # 162 characters are ten sequences of 16
     assert len(read(runs, "gpt", loss=1.0).try_out(tmp_path / "more.txt")) == 10
     (tmp_path / "none.txt").write_bytes(b"\xff")
-    for name, message in (("none.txt", "not text in UTF-8"), ("absent.txt", "No such file")):
+    for name, message in (("none.txt", "not text in UTF-8"), ("absent.txt", "no such text file")):
         with pytest.raises(DataError, match=message):
             read(runs, "gpt", loss=1.0).try_out(tmp_path / name)
 

@@ -9,7 +9,7 @@ import torch
 from kaisa.errors import DataError
 from kaisa.recipes.sequences import Sequences, TestSequences, hidden_count, hide
 from kaisa.recipes.tasks import IGNORED
-from kaisa.recipes.text import Vocabulary, read_text
+from kaisa.recipes.text import Vocabulary, read_text, read_text_file
 
 VERSE = "the cat saw the eel\nthe eel saw the <unk>\n"
 LONG = Vocabulary("characters", tuple(chr(65 + number) for number in range(60)))
@@ -23,6 +23,16 @@ def test_the_most_frequent_tokens_are_known_and_the_others_are_one() -> None:
     assert characters.tokens == ("<unk>", "<mask>", "a", "b", "c")
     assert characters.encode("cabz").tolist() == [4, 2, 3, 0]
     assert (words.unknown, words.hidden) == (0, 1)
+
+
+def test_a_file_by_itself_has_the_tokens_that_it_has_in_training(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes("the cat\r\nsaw\r\n".encode())
+    (tmp_path / "valid.txt").write_bytes(b"\r\na\r\n")
+    text = read_text(tmp_path, "characters", 100)
+    assert torch.equal(text.vocabulary.encode(read_text_file(tmp_path / "valid.txt")), text.test)
+    assert len(text.test) == 5
+    with pytest.raises(DataError, match="no such text file: .*nowhere.txt"):
+        read_text_file(tmp_path / "nowhere.txt")
 
 
 def test_training_and_test_text_are_told_apart_by_name(tmp_path: Path) -> None:

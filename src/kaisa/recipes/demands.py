@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from kaisa.assure.evidence.findings import digest_input
 from kaisa.assure.network import DECLINED, UNDEFINED, Criterion, Demand
-from kaisa.errors import ConfigurationError, DataError
+from kaisa.errors import ConfigurationError
 from kaisa.recipes.batches import ImageTests
 from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, TEXT
 from kaisa.recipes.crops import WholeImages
@@ -29,6 +29,7 @@ from kaisa.recipes.images import match_images, read_images
 from kaisa.recipes.masks import read_masked_images
 from kaisa.recipes.sequences import TestSequences
 from kaisa.recipes.tasks import DICE, IGNORED, Batch
+from kaisa.recipes.text import read_text_file
 from kaisa.recipes.trained import Trained, read_trained
 
 AT_ONCE = 256
@@ -95,7 +96,7 @@ class TrainedNetwork:
         if isinstance(tests, WholeImages):
             return replace(tests, images=read_masked_images(data))
         if isinstance(tests, TestSequences):
-            return replace(tests, tokens=tests.vocabulary.encode(_read_text(data)))
+            return replace(tests, tokens=tests.vocabulary.encode(read_text_file(data)))
         raise _unjudged(self.trained)
 
     def _judge(self, inputs: Tensor, targets: Tensor) -> Iterator[Demand]:
@@ -156,12 +157,3 @@ def _unjudged(trained: Trained) -> ConfigurationError:
         f"demands of a run of {trained.options.recipe} are not judged here; name its weights as model, and give "
         "records with failure"
     )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give a file of text") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8") from error

@@ -117,9 +117,21 @@ def _split(path: Path) -> tuple[str, str, str]:
     return whole[:cut], whole[cut:], f"{path.name}, the last tenth held out for testing"
 
 
+def read_text_file(path: Path) -> str:
+    """Return a file's text, the ends of its lines as they are.
+
+    Raises:
+        DataError: there is no such file, or it is no text.
+    """
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"no such text file: {path}") from error
+
+
 def _read_files(path: Path) -> dict[str, str]:
     if path.is_file() and path.suffix == SUFFIX:
-        return {path.name: _decode(path.read_bytes(), str(path))}
+        return {path.name: read_text_file(path)}
     with open_tree(path) as tree:
         names = sorted(name for name in tree.names if name.endswith(SUFFIX) and not is_hidden(name))
         files = {name: _decode(tree.read(name), f"{path}/{name}") for name in names}

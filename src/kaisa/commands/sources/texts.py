@@ -31,7 +31,7 @@ from kaisa.explain import Curvature, Examples, Explanation, Method, explain, met
 from kaisa.explain.texts import shown
 from kaisa.kfac import mean_factors
 from kaisa.recipes.tasks import IGNORED, MASKED_TOKEN
-from kaisa.recipes.text import HIDDEN, UNITS, Vocabulary
+from kaisa.recipes.text import HIDDEN, UNITS, Vocabulary, read_text_file
 from kaisa.recipes.trained import Trained
 
 MASKS = re.compile(r"\[MASK\]|<mask>")
@@ -201,12 +201,7 @@ def _text(name: str) -> str:
     """Return the text of a file, without the end of its last line, or the words themselves."""
     if not name.endswith(SUFFIX):
         return name
-    try:
-        return Path(name).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise DataError(f"no such text file: {name}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not text in UTF-8") from error
+    return read_text_file(Path(name)).removesuffix("\n").removesuffix("\r")
 
 
 def _tokens(text: str, unit: str) -> list[str]:
