@@ -56,6 +56,7 @@ def test_what_no_number_of_demands_gives_is_none() -> None:
     assert demands_needed(Question("reliability", Prior({1e-3: 0.9}), 1000), 0.9) is None
     assert failures_borne(Question("confidence", Prior({1e-3: 0.9}), 1e-2, 10), 0.99) is None
     assert smallest_bound(0.9, Prior({1e-3: 0.5}), demands=100, failures=1) is None
+    assert smallest_bound(0.9, Prior({1e-3: 0.95})) == 1e-3  # what is believed already, to the last digit
 
 
 def test_targets_that_are_none_are_refused() -> None:

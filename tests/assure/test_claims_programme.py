@@ -58,6 +58,7 @@ def test_knowledge_of_the_mean_strengthens_a_claim_and_is_proved(failures: int) 
     assert ask(known).value == claim.value
     assert proof.holds()
     assert proof.of_mean > 0
+    assert abs(proof.gap) < 1e-9  # the duals of masses and mean balance where both are the best
     assert math.fsum(atom.at * atom.mass for atom in claim.worst_case) == pytest.approx(2e-3, rel=1e-6)
 
 

@@ -167,6 +167,12 @@ def test_a_bad_stream_is_refused_and_the_journal_left_as_it_was(
 def test_demands_from_before_the_system_was_frozen_do_not_count(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="before the system was frozen"):
         append(open_journal(tmp_path / "j", "eye"), THREE, NOW, since=START + timedelta(seconds=1))
+    from_then_on = append(open_journal(tmp_path / "j", "eye"), THREE, NOW, since=THREE[0].time)
+    assert from_then_on.demands == 3
+
+
+def test_a_demand_of_this_very_moment_is_not_in_the_future(tmp_path: Path) -> None:
+    assert append(open_journal(tmp_path / "j", "eye"), THREE, THREE[-1].time).demands == 3
 
 
 def test_an_id_tells_demands_apart_and_names_those_that_are_the_same() -> None:

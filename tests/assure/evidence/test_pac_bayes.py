@@ -102,6 +102,30 @@ def test_the_bound_is_the_same_again_with_the_same_seed_and_says_what_it_assumes
     assert first.value >= first.error
 
 
+def test_doubt_is_shared_out_among_what_was_chosen_from_and_what_was_drawn() -> None:
+    """Of δ = 0.1 a fifth is for the error of 20 networks that were drawn, the rest for three prior variances."""
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+
+    def inverse(error: float, excess: float) -> float:
+        def beyond(q: float) -> float:
+            own = error * math.log(error / q) if error else 0.0
+            return own + (1 - error) * math.log((1 - error) / (1 - q)) - excess
+
+        return float(optimize.brentq(beyond, max(error, 1e-12), 1 - 1e-12, xtol=1e-14))
+
+    x = torch.randn(400, 64)
+    y = x[:, :10].argmax(1)
+    model, initial = trained(x, y, 0)
+    found = bound_generalisation(
+        model, initial, mean_factors(model, [x]), x, y, belief=0.9, drawn=20, prior_variances=(1.0, 0.1, 0.01)
+    )
+    surely = inverse(found.error, math.log(2 / (0.2 * 0.1)) / 20)
+    doubt = 0.8 * 0.1 / 3
+    expected = inverse(surely, (found.complexity + math.log(2 * math.sqrt(400) / doubt)) / 400)
+    assert found.error < surely < expected < 1
+    assert found.value == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_cannot_be_bounded_is_refused() -> None:
     x, y = torch.randn(30, 64), torch.randint(10, (30,))
     model, initial = trained(x, y, 0)
