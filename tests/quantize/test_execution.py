@@ -12,7 +12,7 @@ from kaisa import grids
 from kaisa.errors import DifferentiationError
 from kaisa.optim import AdaHessian
 from kaisa.quantize import QuantConfig, execution, prepare, reflections, set_mode
-from kaisa.quantize.quantizers import encode
+from tests.support.codes import codes_of
 
 QUANTIZERS = ("ptq", "psq", "bhq")
 
@@ -35,7 +35,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tens
 
 def centred(x: Tensor, kind: str, bits: int, *, stochastic: bool, aligned: bool = True) -> Tensor:
     """Return the codes of the simulation, moved as integers of 8 bits are, in 64 bits."""
-    encoded = encode(x, kind, bits, stochastic=stochastic, aligned=aligned)
+    encoded = codes_of(x, kind, bits, stochastic=stochastic, aligned=aligned)
     return (encoded.codes - encoded.grid.low - 2 ** (bits - 1)).long()
 
 

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kaisa.errors import ConfigurationError
 from kaisa.quantize import exact_variance, quantize
-from kaisa.quantize.quantizers import KINDS, encode, range_of
+from kaisa.quantize.quantizers import KINDS, range_of, rounded
+from tests.support.codes import codes_of
 
 SHAPES = [
     (),
@@ -138,12 +139,11 @@ def test_tiny_and_huge_gradients_are_quantised_as_those_of_size_one(kind: str, e
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 1000), st.sampled_from(KINDS), st.integers(2, 8))
 def test_codes_and_grid_give_back_what_quantize_returns(count: int, size: int, seed: int, kind: str, bits: int) -> None:
     x = torch.randn(count, size, generator=generator(seed))
-    encoded = encode(x, kind, bits, generator=generator(seed))
+    encoded = codes_of(x, kind, bits, generator=generator(seed))
     low = torch.as_tensor(encoded.grid.low)
     assert torch.equal(encoded.codes, encoded.codes.round())
     assert bool(((encoded.codes >= low) & (encoded.codes <= low + 2**bits - 1)).all())
-    assert torch.equal(encoded.restored(), quantize(x, kind, bits, generator=generator(seed)))
-    assert torch.equal(encoded.values(), encoded.restored())
+    assert torch.equal(encoded.values, quantize(x, kind, bits, generator=generator(seed)))
 
 
 def test_zero_stays_zero_per_tensor() -> None:
@@ -178,10 +178,10 @@ def test_a_generator_decides_all(kind: str) -> None:
 def test_rounding_to_the_nearest_draws_nothing_and_halves_the_largest_error(kind: str) -> None:
     x = torch.randn(12, 10)
     state = torch.get_rng_state()
-    nearest = encode(x, kind, 4, stochastic=False)
+    nearest = codes_of(x, kind, 4, stochastic=False)
     assert torch.equal(torch.get_rng_state(), state)
     if kind != "bhq":
-        assert bool(((nearest.restored() - x).abs() <= nearest.grid.step * 0.5001).all())
+        assert bool(((nearest.values - x).abs() <= nearest.grid.step * 0.5001).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,7 +209,7 @@ def test_no_host_waits(kind: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     with WithoutWaiting():
         quantize(x, kind, 4)
-        encode(x, kind, 4, stochastic=False).restored()
+        rounded(x, kind, 4, stochastic=False)
     with FakeTensorMode():
         assert quantize(torch.empty(shape), kind, 4).shape == shape
 
@@ -241,11 +241,11 @@ def test_quantisers_compile_as_one_graph(kind: str) -> None:
 def test_a_range_from_outside_is_kept_to() -> None:
     x = torch.linspace(-2, 2, 50).reshape(10, 5)
     low, high = torch.tensor(-1.0), torch.tensor(0.5)
-    found = encode(x, "ptq", 8, ranges=(low, high), aligned=False, stochastic=False).restored()
+    found = rounded(x, "ptq", 8, ranges=(low, high), aligned=False, stochastic=False)
     torch.testing.assert_close(found, x.clamp(-1, 0.5), rtol=0, atol=0.5 * 1.5 / 255 + 1e-6)
     assert [float(end) for end in range_of(x)] == [-2.0, 2.0]
     with pytest.raises(ConfigurationError, match="ranges are given for kind 'psq'"):
-        encode(x, "psq", 8, ranges=(low, high))
+        rounded(x, "psq", 8, ranges=(low, high))
 
 
 @pytest.mark.parametrize(

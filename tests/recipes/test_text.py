@@ -26,12 +26,12 @@ def test_the_most_frequent_tokens_are_known_and_the_others_are_one() -> None:
 
 
 def test_a_file_by_itself_has_the_tokens_that_it_has_in_training(tmp_path: Path) -> None:
-    (tmp_path / "train.txt").write_bytes("the cat\r\nsaw\r\n".encode())
+    (tmp_path / "train.txt").write_bytes(b"the cat\r\nsaw\r\n")
     (tmp_path / "valid.txt").write_bytes(b"\r\na\r\n")
     text = read_text(tmp_path, "characters", 100)
     assert torch.equal(text.vocabulary.encode(read_text_file(tmp_path / "valid.txt")), text.test)
     assert len(text.test) == 5
-    with pytest.raises(DataError, match="no such text file: .*nowhere.txt"):
+    with pytest.raises(DataError, match=r"no such text file: .*nowhere\.txt"):
         read_text_file(tmp_path / "nowhere.txt")
 
 

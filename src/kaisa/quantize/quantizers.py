@@ -12,7 +12,6 @@ Ranges are of the tensor at hand. No host ever waits for the device. Source: arX
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,61 +55,6 @@ def quantize(
     return rounded(x, kind, bits, stochastic=stochastic, generator=generator)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A tensor as integer codes, and all that makes numbers of them again.
-
-    Attributes:
-        codes: N × D integers of a floating-point type, from ``grid.low`` to ``grid.low + grid.bins``.
-        grid: what the codes stand for.
-        reflections: T, of which the codes are; None but for "bhq".
-        source: the tensor.
-    """
-
-    codes: Tensor
-    grid: Grid
-    reflections: Reflections | None
-    source: Tensor
-
-    def values(self) -> Tensor:
-        """Return the numbers as an N × D matrix of the type that they are computed in."""
-        values = self.grid.decode(self.codes)
-        return values if self.reflections is None else self.reflections.inverse_(values)
-
-    def restored(self) -> Tensor:
-        """Return the numbers in the shape, type and strides of the tensor that was encoded."""
-        return _shaped(self.values(), self.source)
-
-
-@torch.no_grad()
-def encode(
-    x: Tensor,
-    kind: str,
-    bits: int,
-    *,
-    stochastic: bool = True,
-    generator: torch.Generator | None = None,
-    ranges: Ranges | None = None,
-    aligned: bool = True,
-) -> Encoded:
-    """Return the codes of a tensor; see `quantize`.
-
-    Args:
-        x: what to encode.
-        kind: of the quantiser.
-        bits: of a code.
-        stochastic: round at random.
-        generator: of the noise.
-        ranges: lowest and highest number of a "ptq" grid, if not those of x; numbers beyond get its ends.
-        aligned: whether 0 lies on a "ptq" grid exactly; otherwise it spans the range and nothing more.
-
-    Raises:
-        ConfigurationError: see `quantize`; or ranges are given for another kind.
-    """
-    rows, grid, reflections = _on_grid(x, kind, bits, ranges, aligned)
-    return Encoded(grid.encode(rows, stochastic=stochastic, generator=generator), grid, reflections, x)
-
-
 @torch.no_grad()
 def rounded(
     x: Tensor,
@@ -122,17 +66,30 @@ def rounded(
     ranges: Ranges | None = None,
     aligned: bool = True,
 ) -> Tensor:
-    """Return ``encode(...).restored()``, in fewer passes through memory."""
-    rows, grid, reflections = _on_grid(x, kind, bits, ranges, aligned)
+    """Round a tensor, detached; see `quantize`.
+
+    Args:
+        x: what to round.
+        kind: of the quantiser.
+        bits: of a code.
+        stochastic: round at random.
+        generator: of the noise.
+        ranges: lowest and highest number of a "ptq" grid, if not those of x; numbers beyond get its ends.
+        aligned: whether 0 lies on a "ptq" grid exactly; otherwise it spans the range and nothing more.
+
+    Raises:
+        ConfigurationError: see `quantize`; or ranges are given for another kind.
+    """
+    rows, grid, reflections = on_grid(x, kind, bits, ranges, aligned)
     if reflections is None:
         return _shaped(grid.rounded(rows, stochastic=stochastic, generator=generator), x)
     return _shaped(reflections.inverse_(grid.round_(rows, stochastic=stochastic, generator=generator)), x)
 
 
-def _on_grid(
-    x: Tensor, kind: str, bits: int, ranges: Ranges | None, aligned: bool
+def on_grid(
+    x: Tensor, kind: str, bits: int, ranges: Ranges | None = None, aligned: bool = True
 ) -> tuple[Tensor, Grid, Reflections | None]:
-    """Return X, or for "bhq" T X, with its grid, and T."""
+    """Return X, or for "bhq" T X, with its grid, and T; see `rounded`."""
     check(x, kind, bits)
     if ranges is not None and kind != "ptq":
         raise ConfigurationError(f"ranges are given for kind {kind!r}; leave them out, or choose kind 'ptq'")
