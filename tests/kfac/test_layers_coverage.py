@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 
 import kaisa
-from kaisa.kfac import LayerOptions, MatrixLayer, register
+from kaisa.kfac import LayerOptions, MatrixLayer, norms, register
 from tests.support.canonical import gradient_matrix
 from tests.support.kron import gradient_factor, input_factor, split_solve, tikhonov_solve
 from tests.support.recording import recording
@@ -304,12 +304,13 @@ def norm_gradients(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
     return both.reshape(len(x), channels, -1, both.shape[-1]).transpose(1, 2)
 
 
-@pytest.mark.parametrize("loss_terms", [None, 2 * BATCH])
+@pytest.mark.parametrize(("loss_terms", "chunk"), [(None, 2**16), (2 * BATCH, 2**16), (2 * BATCH, 16)])
 @pytest.mark.parametrize("kind", NORMS, ids=str)
 def test_scale_and_shift_are_preconditioned_by_their_own_block_of_each_channel(
-    kind: str, loss_terms: int | None
+    kind: str, loss_terms: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One loss an example: the exact block. A loss for each position: the positions as examples."""
+    monkeypatch.setattr(norms, "_CHUNK", chunk)
     build, shape = NORMS[kind]
     model = Flat(build()).double()
     with torch.no_grad():

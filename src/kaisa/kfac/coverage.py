@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from kaisa.errors import ConfigurationError
-from kaisa.kfac.layers import Embedding, Layer, LayerOptions, Linear, Norm, NotCovered, TiedEmbedding, factory_of
+from kaisa.kfac.layers import Embedding, Layer, LayerOptions, Linear, NotCovered, TiedEmbedding, factory_of
+from kaisa.kfac.norms import Norm
 
 
 @dataclass(frozen=True)

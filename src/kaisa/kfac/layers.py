@@ -7,9 +7,8 @@ Grouped convolutions put the groups in front: gradient (groups, out/groups, in/g
     expand   A = mean over examples and positions of a aᵀ     G = mean over examples of the sum over positions of δ δᵀ
     reduce   ā = mean over positions of a, δ̄ = sum over positions of δ; then the means over examples of ā āᵀ and δ̄ δ̄ᵀ
 
-(Martens & Grosse 2015; Eschenhagen et al. 2023, arXiv 2311.00636.) Normalisation layers need no such approximation:
-the gradient of one example with respect to a channel's (scale, shift) is a vector of two, and its second moment, one
-2×2 block a channel, is stored as A; their G is 1.
+(Martens & Grosse 2015; Eschenhagen et al. 2023, arXiv 2311.00636.) Normalisation layers are in `norms`, the projections
+inside attention in `attention`.
 
 A new module type is one small class, registered by exact type with ``register``, and one contract test.
 """
@@ -165,7 +164,7 @@ class Layer(ABC):
 
     def gradient(self) -> Tensor:
         """Returns the raw gradient as one matrix (out, in), or (groups, out, in)."""
-        return self._joined(_gradient_of(self.weight), None if self.bias is None else _gradient_of(self.bias))
+        return self._joined(gradient_of(self.weight), None if self.bias is None else gradient_of(self.bias))
 
     def values(self) -> Tensor:
         """Returns the parameters in the layout of ``gradient()``."""
@@ -178,10 +177,10 @@ class Layer(ABC):
     def write_(self, matrix: Tensor) -> None:
         """Overwrites the gradients with a matrix of the layout of ``gradient()``."""
         if self.bias is not None:
-            bias = _gradient_of(self.bias)
+            bias = gradient_of(self.bias)
             bias.copy_(matrix[..., -1].reshape(bias.shape))
             matrix = matrix[..., :-1]
-        _gradient_of(self.weight).copy_(self._unmatrix(matrix))
+        gradient_of(self.weight).copy_(self._unmatrix(matrix))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(weight.shape[0], -1)
@@ -190,7 +189,8 @@ class Layer(ABC):
         return matrix.reshape(self.weight.shape)
 
 
-def _gradient_of(parameter: nn.Parameter) -> Tensor:
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Returns the gradient of a parameter that the last backward pass reached."""
     if parameter.grad is None:
         raise AssertionError("the layer took no part in this step")
     return parameter.grad
@@ -295,9 +295,9 @@ class Projection(MatrixLayer):
 
     def write_(self, matrix: Tensor) -> None:
         if self.bias is not None:
-            _gradient_of(self.bias)[self.bias_range].copy_(matrix[:, -1])
+            gradient_of(self.bias)[self.bias_range].copy_(matrix[:, -1])
             matrix = matrix[:, :-1]
-        self._matrix(_gradient_of(self.weight)).copy_(matrix)
+        self._matrix(gradient_of(self.weight)).copy_(matrix)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight[self.range]
@@ -449,123 +449,6 @@ def _stacked(use: Tensor, index: int) -> Tensor:
     return torch.stack((use, torch.zeros_like(use)) if index == 0 else (torch.zeros_like(use), use))
 
 
-class Norm(Layer):
-    """Scale and shift of a normalisation layer: one 2 × 2 block a channel, exact for one loss term an example."""
-
-    def __init__(self, name: str, module: nn.Module, options: LayerOptions) -> None:
-        if not options.norms:
-            raise NotCovered("norms are switched off by LayerOptions")
-        super().__init__(name, module, module.weight, getattr(module, "bias", None))  # type: ignore[arg-type]
-        self.treatment = "2 × 2 block a channel" if self.bias is not None else "diagonal"
-        self._normalized = _NORMS[type(module)]
-        self._channels_last = isinstance(module, nn.LayerNorm | nn.RMSNorm)
-
-    def statistics(self, module: nn.Module, x: Tensor, delta: Tensor) -> Statistics:
-        return self.statistics_of_some(module, x, delta, slice(None))
-
-    def statistics_of_some(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> Statistics:
-        scale, shift = self._gradients(module, x, delta, examples)
-        # Sums of products by element: a batched product would first have to bring the channels to the front.
-        squares = (scale * scale).sum(0)
-        if self.bias is None:
-            blocks = squares[:, None, None]
-        else:
-            mixed = (scale * shift).sum(0)
-            blocks = torch.stack((squares, mixed, mixed, (shift * shift).sum(0)), -1).unflatten(-1, (2, 2))
-        return Statistics(blocks, blocks.new_ones(blocks.shape[0], 1, 1))
-
-    def quadratic_in_delta(self, module: nn.Module) -> tuple[str, ...]:
-        return ("a",)
-
-    def _gradients(self, module: nn.Module, x: Tensor, delta: Tensor, examples: slice) -> tuple[Tensor, Tensor]:
-        """Returns the gradients (rows, channels) of scale and shift, a row for each example or each position."""
-        delta = delta[examples]
-        if self.sharing == REDUCE and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return _batch_norm_gradients(module, x, delta, examples)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # normalises over the whole batch
-            product = self._normalized(module, x)[examples] * delta
-        else:
-            product = self._normalized(module, x[examples]) * delta
-        if self._channels_last:
-            product, delta = (part.reshape(part.shape[0], -1, self.weight.numel()) for part in (product, delta))
-        else:
-            product, delta = (part.reshape(*part.shape[:2], -1).mT for part in (product, delta))
-        if self.sharing == REDUCE:
-            return product.sum(1), delta.sum(1)
-        return product.flatten(0, 1), delta.flatten(0, 1)
-
-    def pair(self, statistics: Statistics) -> Pair:
-        return Pair(statistics.a / statistics.examples, torch.ones_like(statistics.g))
-
-    def _joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        columns = [part.reshape(-1, 1, 1) for part in (weight, bias) if part is not None]
-        return torch.cat(columns, -1)
-
-    def write_(self, matrix: Tensor) -> None:
-        for column, parameter in enumerate(self.parameters):
-            _gradient_of(parameter).copy_(matrix[..., column].reshape(parameter.shape))
-
-
-def _batch_norm_gradients(
-    module: nn.modules.batchnorm._BatchNorm, x: Tensor, delta: Tensor, examples: slice
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients (examples, channels) of scale and shift without the normalised copy of x.
-
-    With mean and deviation of the whole batch, Σ x̂ δ = (Σ x δ − mean Σ δ) / deviation.
-    """
-    if module.training or module.running_mean is None or module.running_var is None:
-        count = x.numel() / x.shape[1]
-        mean = _over_positions(x).sum(0) / count
-        variance = (_squares_over_positions(x).sum(0) / count - mean.square()).clamp(min=0)
-    else:
-        mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
-    shift, products = _over_positions(delta), _over_positions(x[examples] * delta)
-    return (products - mean * shift) / (variance + module.eps).sqrt(), shift
-
-
-def _over_positions(x: Tensor) -> Tensor:
-    return x.sum(list(range(2, x.ndim))) if x.ndim > 2 else x
-
-
-def _squares_over_positions(x: Tensor) -> Tensor:
-    if x.ndim > 2 and x.is_contiguous():  # one pass without a copy, which other layouts do not have
-        norms: Tensor = torch.linalg.vector_norm(x, dim=list(range(2, x.ndim)))
-        return norms.square()
-    return _over_positions(x.square())
-
-
-def _batch_norm(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if module.training or module.running_mean is None:
-        return F.batch_norm(x, None, None, training=True, eps=module.eps)
-    return F.batch_norm(x, module.running_mean.to(x.dtype), module.running_var.to(x.dtype), eps=module.eps)  # type: ignore[union-attr]
-
-
-def _layer_norm(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.LayerNorm)
-    return F.layer_norm(x, module.normalized_shape, eps=module.eps)
-
-
-def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.RMSNorm)
-    return F.rms_norm(x, module.normalized_shape, eps=module.eps)
-
-
-def _group_norm(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.GroupNorm)
-    return F.group_norm(x, module.num_groups, eps=module.eps)
-
-
-_NORMS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.GroupNorm: _group_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.BatchNorm3d: _batch_norm,
-}
-
-
 class NotCovered(Exception):
     """Why a module of a known type is left to the base optimizer."""
 
@@ -581,7 +464,6 @@ _FACTORIES: dict[type[nn.Module] | str, LayerFactory] = {
     nn.ConvTranspose2d: Convolution,
     nn.ConvTranspose3d: Convolution,
     nn.Embedding: Embedding,
-    **dict.fromkeys(_NORMS, Norm),
     # By name, because Transformers need not be installed, and systems do not import one another.
     "transformers.pytorch_utils.Conv1D": TransposedLinear,
     "kaisa.quantize.layers.QuantizedLinear": Linear,

@@ -30,10 +30,10 @@ from kaisa.kfac.layers import (
     Embedding,
     Layer,
     LayerOptions,
-    Norm,
     Projection,
     TiedEmbedding,
 )
+from kaisa.kfac.norms import Norm
 from kaisa.kfac.workload import LayerWork, Workload
 
 META = torch.device("meta")
