@@ -143,8 +143,8 @@ def test_a_heat_that_may_end_ends_at_the_first_look_that_is_enough(lesson: Lesso
 def test_kfac_pytorch_has_the_options_of_ours_that_it_knows() -> None:
     course = find_course("resnet", "small")
     ours, theirs = (course.preconditioning(find_entrant(f"{name} on sgd")) for name in ("eigen", "kfac-pytorch"))
-    assert ours == {**theirs, "sharing": "reduce"}
-    assert set(theirs) == {"factor_update_steps", "inv_update_steps", "damping", "kl_clip"}
+    assert ours == {**theirs, "sharing": "reduce", "factor_examples": 0.5}
+    assert set(theirs) == {"factor_update_steps", "inv_update_steps", "damping", "fisher_norm"}
 
 
 def test_finals_before_tuning_are_refused(race: Race) -> None:

@@ -26,7 +26,7 @@ from kaisa.kfac.payload import Payload
 from kaisa.kfac.placement import Placement
 from kaisa.kfac.preconditioner import KFACPreconditioner
 from kaisa.kfac.solvers import EKFAC, Cholesky, Eigen, Solver, WarmStart
-from kaisa.kfac.trust_region import Graft, KLClip, NormConstraint, TrustRegion
+from kaisa.kfac.trust_region import FisherNorm, Graft, KLClip, NormConstraint, TrustRegion
 
 __all__ = [
     "EKFAC",
@@ -36,6 +36,7 @@ __all__ = [
     "Eigen",
     "Factors",
     "Fisher",
+    "FisherNorm",
     "Graft",
     "KFACPreconditioner",
     "KLClip",

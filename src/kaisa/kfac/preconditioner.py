@@ -97,7 +97,7 @@ class KFACPreconditioner:
         loss_reduction: "mean" or "sum" over the terms of the loss.
         loss_terms: how many terms the loss of one backward pass has, when not one for each example: for a language
             model batch × tokens.
-        trust_region: replaces the KL clip: a ``NormConstraint`` or ``Graft``.
+        trust_region: replaces the KL clip: a ``FisherNorm``, ``NormConstraint`` or ``Graft``.
         layer_options: which kinds of layer are covered, and the largest dense factor.
         spread_inverses: spreads decompositions over the steps until the next, so that no step is long.
         patience: failed decompositions of a layer in a row that are borne before an error.

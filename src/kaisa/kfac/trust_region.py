@@ -56,6 +56,24 @@ class KLClip(TrustRegion):
 
 
 @dataclass(frozen=True)
+class FisherNorm(TrustRegion):
+    """Keeps the natural gradient's length in the norm of the Fisher, √|⟨p, g⟩|, below ``limit``.
+
+    The learning rate takes no part: a bounded step has the length lr · limit, and the schedule of the rate sets it. The
+    KL clip bounds the step itself, so that wherever it binds neither the rate nor its decay changes anything.
+    """
+
+    limit: Scalar
+
+    def scales(
+        self, raw: Sequence[Tensor], preconditioned: Sequence[Tensor], rates: Sequence[Tensor], step: int
+    ) -> list[Tensor]:
+        length = _total([_inner(p, g).sum() for p, g in zip(preconditioned, raw, strict=True)])
+        limit = Schedule("FisherNorm.limit", self.limit, POSITIVE).resolve(step)
+        return _bounded(limit**2, length.abs(), preconditioned)
+
+
+@dataclass(frozen=True)
 class NormConstraint(TrustRegion):
     """Keeps the length of the step, lr ‖p‖ over all layers, below ``limit``."""
 

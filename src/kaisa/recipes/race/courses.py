@@ -63,7 +63,9 @@ class Course:
         return {**shared, **self.kfac.get(entrant.name, {})}
 
 
-KFAC: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damping": 0.003, "kl_clip": 0.001}
+KFAC: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damping": 0.003, "fisher_norm": 0.2}
+"""What kfac-pytorch knows too; ``fisher_norm`` is the limit of `kaisa.kfac.FisherNorm`, on SGD."""
+
 EARLY: dict[str, Any] = {"factor_update_steps": (1, 10), "inv_update_steps": (2, 50)}
 """Growing intervals, from the first of the two to the last: see `kaisa.recipes.race.entrants.growing`."""
 
@@ -75,7 +77,7 @@ RATES: dict[str, float] = {
     "shampoo": 0.003,
     "adahessian": 0.15,
     "arsg": 0.01,
-    "kfac-pytorch on sgd": 0.1,
+    "kfac-pytorch on sgd": 0.3,
     "kfac-pytorch on adamw": 0.003,
     **{f"{solver} on sgd": 0.3 for solver in ("eigen", "ekfac", "warm_eigen", "cholesky")},
     **{f"{solver} on adamw": 0.01 for solver in ("eigen", "ekfac", "sqrt_ekfac", "warm_eigen")},
@@ -90,7 +92,14 @@ _SMALL = {
         look_every=8,
         tests=2000,
         control="sgd",
-        kfac={"": {"factor_update_steps": (1, 10), "inv_update_steps": (5, 50), "sharing": "reduce"}},
+        kfac={
+            "": {
+                "factor_update_steps": (2, 10),
+                "inv_update_steps": (5, 50),
+                "sharing": "reduce",
+                "factor_examples": 0.5,
+            }
+        },
     ),
     "unet": Course(
         "unet",
@@ -101,7 +110,7 @@ _SMALL = {
         test_side=256,
         control="adamw",
         rates={"adamw": 0.01},
-        kfac={"": {"factor_update_steps": (5, 10), "inv_update_steps": (5, 50)}},
+        kfac={"": {"factor_update_steps": (5, 10), "inv_update_steps": (10, 50), "factor_examples": 0.5}},
     ),
     "gpt": Course(
         "gpt",
@@ -110,7 +119,15 @@ _SMALL = {
         look_every=8,
         tests=192,
         control="adamw",
-        kfac={"": {**EARLY, "damping": 0.03, "kl_clip": 0.0003, "sharing": "reduce"}},
+        kfac={
+            "": {
+                "factor_update_steps": (2, 10),
+                "inv_update_steps": (4, 50),
+                "damping": 0.03,
+                "sharing": "reduce",
+                "factor_examples": 0.5,
+            }
+        },
     ),
     "bert": Course(
         "bert",
@@ -119,7 +136,7 @@ _SMALL = {
         look_every=8,
         tests=512,
         control="adamw",
-        kfac={"": {**EARLY, "damping": 0.03}},
+        kfac={"": {**EARLY, "damping": 0.03, "factor_examples": 0.25}},
     ),
 }
 _FULL = {

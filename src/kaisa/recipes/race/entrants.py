@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kaisa
 from kaisa.errors import ConfigurationError
 from kaisa.kfac.solvers import EKFAC, Cholesky, Eigen, Solver, WarmStart
-from kaisa.kfac.trust_region import Graft
+from kaisa.kfac.trust_region import FisherNorm
 from kaisa.optim import ARSG, AdaHessian
 
 Optimizer = torch.optim.Optimizer
@@ -247,13 +247,18 @@ def _ours(
     entrant: Entrant, driver: Driver, options: Mapping[str, Any], loss_terms: int | None, seed: int
 ) -> kaisa.KFACPreconditioner:
     solver = SOLVERS[str(options.get("solver", entrant.solver))]()
-    given = {name: _interval(value) for name, value in options.items() if name not in ("solver", "graft")}
-    if isinstance(solver, EKFAC) and solver.root:
-        given["kl_clip"] = None  # its steps have Adam's length already
-    elif options.get("graft"):
-        given["trust_region"] = Graft()
+    given = {name: _interval(value) for name, value in options.items() if name not in ("solver", "fisher_norm")}
+    has_steps_of_adam = entrant.optimizer == "adamw" or (isinstance(solver, EKFAC) and solver.root)
+    region = None if has_steps_of_adam else FisherNorm(options["fisher_norm"])
     return kaisa.KFACPreconditioner(
-        driver.model, driver.optimizer, solver=solver, loss_terms=loss_terms, seed=seed, **given
+        driver.model,
+        driver.optimizer,
+        solver=solver,
+        loss_terms=loss_terms,
+        seed=seed,
+        kl_clip=None,
+        trust_region=region,
+        **given,
     )
 
 
@@ -261,5 +266,7 @@ def _kfac_pytorch(driver: Driver, options: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # apex is not there
         preconditioner = importlib.import_module("kfac.preconditioner").KFACPreconditioner
-    given = {name: _interval(value) for name, value in options.items()}
+    given = {name: _interval(value) for name, value in options.items() if name != "fisher_norm"}
+    # Its KL clip with this limit is the rule of ours: the rate in it cancels.
+    given["kl_clip"] = lambda step: (options["fisher_norm"] * driver.rate) ** 2
     return preconditioner(driver.model, lr=lambda step: driver.rate, **given)

@@ -29,7 +29,7 @@ from kaisa.recipes.tasks import Score
 
 TUNING_SEED = 1000
 TARGET_SEEDS = (TUNING_SEED, 1001, 1002)
-FINAL_SEEDS = (0, 1, 2)
+FINAL_SEEDS = (3, 4, 5)
 NEVER = Look(2**62, math.inf, math.inf, math.nan)
 
 
