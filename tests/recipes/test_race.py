@@ -326,10 +326,11 @@ def test_the_standings_are_medians_and_a_miss_is_infinitely_long(race: Race) -> 
     target = race.target()
     assert target is not None
     for plan in list(race.due(FINAL)):
+        turn = FINAL_SEEDS.index(plan.seed)
         if plan.entrant.kfac:
-            keep(race, FINAL, plan, {1 + plan.seed: target, 4: target}, pace=2.0)
+            keep(race, FINAL, plan, {1 + turn: target, 4: target}, pace=2.0)
         elif plan.entrant.name == "adamw":
-            keep(race, FINAL, plan, {4: target if plan.seed else 0.0, 8: target if plan.seed == 1 else 0.0})
+            keep(race, FINAL, plan, {4: target if turn else 0.0, 8: target if turn == 1 else 0.0})
         else:
             keep(race, FINAL, plan, {plan.steps: target - 0.1 if plan.steps == 4 else target})
     control, *others = stand(race)
