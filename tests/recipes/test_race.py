@@ -12,7 +12,7 @@ from torch import nn
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.recipes.race.courses import FACTOR, Course, find_course
-from kaisa.recipes.race.entrants import ENTRANTS, Driver, Entrant, Muon, find_entrant, growing
+from kaisa.recipes.race.entrants import ENTRANTS, Driver, Entrant, Muon, falling, find_entrant, growing
 from kaisa.recipes.race.heat import Heat, Look, Plan, run_interleaved, thin_tests
 from kaisa.recipes.race.ledger import FINAL, STAGES, TUNE, Ledger
 from kaisa.recipes.race.runner import Grounds, run
@@ -299,6 +299,11 @@ def test_muon_turns_hidden_matrices_and_leaves_the_last_layer_to_adamw() -> None
 def test_a_growing_interval_is_a_tenth_of_the_steps_behind() -> None:
     interval = growing(2, 20)
     assert [interval(step) for step in (0, 19, 30, 100, 500)] == [2, 2, 3, 10, 20]
+
+
+def test_a_falling_damping_loses_the_same_share_in_each_step_and_then_stays() -> None:
+    damping = falling(0.08, 0.005, 40)
+    assert [damping(step) for step in (0, 10, 20, 40, 400)] == pytest.approx([0.08, 0.04, 0.02, 0.005, 0.005])
 
 
 # ----------------------------------------------------------------------------------------------------------- the end

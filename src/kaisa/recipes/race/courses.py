@@ -67,7 +67,10 @@ KFAC: dict[str, Any] = {"factor_update_steps": 10, "inv_update_steps": 50, "damp
 """What kfac-pytorch knows too; ``fisher_norm`` is the limit of `kaisa.kfac.FisherNorm`, on SGD."""
 
 EARLY: dict[str, Any] = {"factor_update_steps": (1, 10), "inv_update_steps": (2, 50)}
-"""Growing intervals, from the first of the two to the last: see `kaisa.recipes.race.entrants.growing`."""
+"""Growing intervals, from the first of the two to the last: see `kaisa.recipes.race.entrants.growing`.
+
+A damping of three numbers falls: see `kaisa.recipes.race.entrants.falling`.
+"""
 
 RATES: dict[str, float] = {
     "sgd": 0.1,
@@ -136,7 +139,7 @@ _SMALL = {
         look_every=8,
         tests=512,
         control="adamw",
-        kfac={"": {**EARLY, "damping": 0.03, "factor_examples": 0.25}},
+        kfac={"": {**EARLY, "damping": (0.05, 0.003, 50), "factor_examples": 0.25}},
     ),
 }
 _FULL = {

@@ -238,16 +238,33 @@ def growing(first: int, last: int) -> Callable[[int], int]:
     return lambda step: min(last, max(first, step // SHARE))
 
 
-def _interval(value: Any) -> Any:
-    """Return an option, or the growing interval that a pair of steps stands for."""
-    return growing(*value) if isinstance(value, list | tuple) else value
+def falling(first: float, last: float, steps: int) -> Callable[[int], float]:
+    """Return a damping that falls from ``first`` to ``last`` within so many steps, by the same share in each.
+
+    Factors of few batches are poor, and need more of it.
+    """
+    return lambda step: first * (last / first) ** min(1.0, step / steps)
+
+
+def _of_steps(options: Mapping[str, Any], *left_out: str) -> dict[str, Any]:
+    """Return options with the functions of the step that some of their numbers stand for."""
+    kinds: dict[str, Callable[..., Any]] = {
+        "factor_update_steps": growing,
+        "inv_update_steps": growing,
+        "damping": falling,
+    }
+    return {
+        name: kinds[name](*value) if isinstance(value, list | tuple) and name in kinds else value
+        for name, value in options.items()
+        if name not in left_out
+    }
 
 
 def _ours(
     entrant: Entrant, driver: Driver, options: Mapping[str, Any], loss_terms: int | None, seed: int
 ) -> kaisa.KFACPreconditioner:
     solver = SOLVERS[str(options.get("solver", entrant.solver))]()
-    given = {name: _interval(value) for name, value in options.items() if name not in ("solver", "fisher_norm")}
+    given = _of_steps(options, "solver", "fisher_norm")
     has_steps_of_adam = entrant.optimizer == "adamw" or (isinstance(solver, EKFAC) and solver.root)
     region = None if has_steps_of_adam else FisherNorm(options["fisher_norm"])
     return kaisa.KFACPreconditioner(
@@ -266,7 +283,7 @@ def _kfac_pytorch(driver: Driver, options: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # apex is not there
         preconditioner = importlib.import_module("kfac.preconditioner").KFACPreconditioner
-    given = {name: _interval(value) for name, value in options.items() if name != "fisher_norm"}
+    given = _of_steps(options, "fisher_norm")
     # Its KL clip with this limit is the rule of ours: the rate in it cancels.
     given["kl_clip"] = lambda step: (options["fisher_norm"] * driver.rate) ** 2
     return preconditioner(driver.model, lr=lambda step: driver.rate, **given)
