@@ -6,23 +6,20 @@ The preconditioner is made when the model is wrapped and the optimizer there (``
 Trainer's own checkpoint, that of every rank.
 """
 
-import io
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import kaisa
-from kaisa.errors import ConfigurationError, StateError
+from kaisa.errors import ConfigurationError
 from kaisa.integrations.micro_batches import MicroBatches
+from kaisa.kfac.gathering import State, gathered, own_part
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ModuleNotFoundError as error:
     raise ConfigurationError(f"{error.name} is not installed; pip install 'kaisa[lightning]'") from error
-
-State = dict[str, Any]
 
 
 class KFACCallback(Callback):  # type: ignore[misc]  # Lightning is not needed to check types
@@ -73,7 +70,9 @@ class KFACCallback(Callback):  # type: ignore[misc]  # Lightning is not needed t
 
     def state_dict(self) -> State:
         """Returns the states of all ranks on the first, for the checkpoint; all ranks call it."""
-        return {} if self.kfac is None else {"ranks": _of_every_rank(self.kfac)}
+        if self.kfac is None:
+            return {}
+        return {"ranks": gathered(self.kfac.state_dict(), self.kfac.collectives, self.kfac.device)}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Goes on from a checkpoint, as soon as the preconditioner is there."""
@@ -83,13 +82,7 @@ class KFACCallback(Callback):  # type: ignore[misc]  # Lightning is not needed t
     def _restore(self) -> None:
         if self.kfac is None or not self._states:
             return
-        ranks = self.kfac.collectives
-        if len(self._states) != ranks.world_size:
-            raise StateError(
-                f"the checkpoint is of {len(self._states)} ranks, but there are {ranks.world_size}; "
-                "start as many as the run began with"
-            )
-        self.kfac.load_state_dict(self._states[ranks.rank])
+        self.kfac.load_state_dict(own_part(self._states, self.kfac.collectives))
         self._states = []
 
     def _close(self) -> None:
@@ -108,28 +101,3 @@ def _check(trainer: Trainer) -> None:
             f"the strategy is {type(trainer.strategy).__name__}; K-FAC needs whole parameters on every rank: "
             "one device, or strategy='ddp'"
         )
-
-
-def _of_every_rank(kfac: kaisa.KFACPreconditioner) -> list[State]:
-    ranks = kfac.collectives
-    if ranks.world_size == 1:
-        return [kfac.state_dict()]
-    everybody = tuple(range(ranks.world_size))
-    own = _to_bytes(kfac.state_dict()).to(kfac.device)
-    size = torch.zeros(ranks.world_size, dtype=torch.int64, device=kfac.device)
-    size[ranks.rank] = own.numel()
-    sizes = ranks.total("checkpoint", everybody, size).tolist()
-    received = sizes if ranks.rank == 0 else [0] * len(sizes)
-    parts = ranks.exchange("checkpoint", everybody, [own, *[own[:0]] * (ranks.world_size - 1)], received)()
-    return [_from_bytes(part) for part in parts if part.numel()]
-
-
-def _to_bytes(state: State) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _from_bytes(value: Tensor) -> State:
-    state: State = torch.load(io.BytesIO(value.cpu().numpy().tobytes()), weights_only=True, map_location="cpu")
-    return state

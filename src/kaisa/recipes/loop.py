@@ -12,7 +12,6 @@ first evaluates and writes; the file holds the K-FAC state of every rank.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kaisa
 from kaisa.errors import StateError
 from kaisa.kfac.collectives import Alone, Collectives
+from kaisa.kfac.gathering import gathered, own_part
 from kaisa.optim import AdaHessian
 from kaisa.quantize import load_ranges, ranges_of
 from kaisa.recipes.contestants import Contestant, learning_rate_share
@@ -177,10 +177,6 @@ class Training:
         nothing = Figures.none(self.lesson.task, self.batches.device)
         return (evaluate(self.model, self.lesson) if self.ranks.rank == 0 else nothing).total(self.ranks)
 
-    @property
-    def _everybody(self) -> tuple[int, ...]:
-        return tuple(range(self.ranks.world_size))
-
     def _train(self, watch: StepWatcher | None) -> Figures:
         """Take the steps of one epoch; return the sums over this rank's parts of the batches."""
         self.model.train()
@@ -239,16 +235,12 @@ class Training:
         expected = self.contestant.slug, self.batches.seed
         if found != expected:
             raise StateError(f"the checkpoint is of {found}, expected {expected}")
-        if self.kfac is not None and len(state["kfac"]) != self.ranks.world_size:
-            raise StateError(
-                f"the checkpoint is of {len(state['kfac'])} ranks, but there are {self.ranks.world_size}; "
-                "start as many as the run began with"
-            )
+        kfac = None if self.kfac is None else own_part(state["kfac"], self.ranks)
         self.model.load_state_dict(state["model"])
         load_ranges(self.model, state.get("ranges", {}))
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.kfac is not None:
-            self.kfac.load_state_dict(state["kfac"][self.ranks.rank])
+        if self.kfac is not None and kfac is not None:
+            self.kfac.load_state_dict(kfac)
         torch.set_rng_state(state["random"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
 
@@ -256,17 +248,7 @@ class Training:
         """Return what each rank's preconditioner holds, on the first rank; nothing of a first-order contestant."""
         if self.kfac is None:
             return []
-        if self.ranks.world_size == 1:
-            return [self.kfac.state_dict()]
-        own = _to_bytes(self.kfac.state_dict()).to(self.batches.device)
-        size = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=self.batches.device)
-        size[self.ranks.rank] = own.numel()
-        sizes = self.ranks.total("checkpoint", self._everybody, size).tolist()
-        chunks = [own, *[own[:0]] * (self.ranks.world_size - 1)]
-        if self.ranks.rank != 0:
-            self.ranks.exchange("checkpoint", self._everybody, chunks, [0] * len(sizes))()
-            return []
-        return [_from_bytes(part) for part in self.ranks.exchange("checkpoint", self._everybody, chunks, sizes)()]
+        return gathered(self.kfac.state_dict(), self.ranks, self.batches.device)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -314,14 +296,3 @@ def save(training: Training, path: Path) -> None:
 def load(training: Training, path: Path) -> None:
     """Go on from a file that `save` wrote; nothing in it is executed."""
     training.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-
-
-def _to_bytes(state: dict[str, Any]) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _from_bytes(value: Tensor) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(io.BytesIO(value.cpu().numpy().tobytes()), weights_only=True, map_location="cpu")
-    return state
