@@ -58,3 +58,29 @@ def test_the_rate_behind_kfac_is_checked_even_where_it_is_not_used() -> None:
 def test_options_survive_a_record() -> None:
     options = Options.complete({"optimizer": "arsg+kfac"})
     assert Options.from_json(options.to_json()) == options
+
+
+USELESS: dict[str, tuple[dict[str, object], str]] = {
+    "positions of images": ({"recipe": "unet", "data": "x", "positions": 8}, "unet has no use for --positions; leave"),
+    "a crop of whole images": ({"data": "x", "crop": 16}, "resnet has no use for --crop; leave it out"),
+    "a size of images with masks": (
+        {"recipe": "unet", "data": "x", "image_size": 16},
+        "unet has no use for --image-size; leave it out",
+    ),
+    "a size of text": ({"recipe": "bert", "data": "x", "image_size": 16}, "bert has no use for --image-size; leave"),
+    "text that is mirrored": ({"recipe": "gpt", "data": "x", "augment": True}, "gpt has no use for --augment; leave"),
+    "a size of the digits": ({"image_size": 16}, "digits has no use for --image-size; leave it out, or give --data"),
+    "digits to test on": ({"test_data": "x"}, "digits has no use for --test-data; leave it out, or give --data"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), USELESS.values(), ids=USELESS)
+def test_an_option_that_would_change_nothing_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the recipe {message}"):
+        Options.complete(given)
+
+
+def test_digits_from_files_are_resized_and_tested_on_others_and_text_may_do_without_mirrors() -> None:
+    options = Options.complete({"recipe": "digits", "data": "x", "image_size": 16, "test_data": "y", "augment": True})
+    assert (options.image_size, options.test_data) == (16, "y")
+    assert not Options.complete({"recipe": "gpt", "data": "x", "augment": False}).augment

@@ -56,6 +56,23 @@ def test_of_a_single_file_the_last_tenth_is_tested_on(tmp_path: Path) -> None:
     assert text.test.tolist() == [0] * 10
 
 
+def test_other_text_is_tested_on_and_only_the_parts_so_named_count(tmp_path: Path) -> None:
+    for folder, files in {
+        "a": {"train.txt": "ab", "valid.txt": "a"},
+        "b": {"train.txt": "b", "test.txt": "ba"},
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name, content in files.items():
+            (tmp_path / folder / name).write_text(content)
+    (tmp_path / "c.txt").write_text("aab")
+    text = read_text(tmp_path / "a", "characters", 100, tmp_path / "b")
+    assert (text.train.tolist(), text.test.tolist()) == ([2, 3], [3, 2])
+    assert read_text(tmp_path / "a", "characters", 100, tmp_path / "c.txt").test.tolist() == [2, 2, 3]
+    assert read_text(tmp_path / "c.txt", "characters", 100, tmp_path / "b").train.tolist() == [2, 2, 3]
+    with pytest.raises(DataError, match=r"no such folder or zip file: .*nowhere"):
+        read_text(tmp_path / "a", "characters", 100, tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, r"no text in .*; give .txt files"), (b"\xff\xfe\x00", r"a\.txt is not text in UTF-8")],

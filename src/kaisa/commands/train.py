@@ -77,12 +77,13 @@ def train(
     ] = None,
     test_data: Annotated[
         str | None,
-        option("Images to test on [NAME-test beside NAME-train, or a fifth]", panel=DATA),
+        option("What to test on, of the same kind [NAME-test beside NAME-train, or a part]", panel=DATA),
     ] = None,
     image_size: Annotated[
         int | None,
         option(
-            "Resize images to this width and height; maskrcnn: the shorter side to this [maskrcnn: 800]", panel=DATA
+            "Resize images of classes to this width and height; maskrcnn: the shorter side to this [maskrcnn: 800]",
+            panel=DATA,
         ),
     ] = None,
     crop: Annotated[int | None, option("unet: width and height of what is learned from [128]", panel=DATA)] = None,

@@ -16,7 +16,7 @@ Small transformers have heads of 32 features, the published ones of 64.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,6 @@ class Recipe:
         kind: of data.
         models: by name, the usual one first.
         preset: what is taken for options that are not given; ``lr`` is for the ``optimizer`` beside it.
-        own: options that other recipes have no use for.
         has_data: whether it has data of its own for when none are given.
     """
 
@@ -114,7 +113,6 @@ class Recipe:
     kind: str
     models: Mapping[str, Builder]
     preset: Mapping[str, Any]
-    own: frozenset[str] = field(default_factory=frozenset)
     has_data: bool = False
 
 
@@ -132,7 +130,6 @@ _DIGITS: dict[str, Any] = {
 }
 _IMAGES: dict[str, Any] = {"model": "resnet20", "epochs": 20, "batch_size": 128, "augment": True}
 _LOSS = {**_DIGITS, "repeats": 1, "target": None}
-_TEXT_OPTIONS = frozenset({"positions", "unit", "vocabulary"})
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(tasks.CLASSIFICATION, IMAGES, IMAGE_MODELS, _DIGITS, has_data=True),
@@ -154,7 +151,6 @@ RECIPES: dict[str, Recipe] = {
             "factor_update_steps": 5,
             "inv_update_steps": 20,
         },
-        frozenset({"crop"}),
     ),
     "gpt": Recipe(
         tasks.NEXT_TOKEN,
@@ -171,7 +167,6 @@ RECIPES: dict[str, Recipe] = {
             "vocabulary": 256,
             "inv_update_steps": 50,
         },
-        _TEXT_OPTIONS,
     ),
     "bert": Recipe(
         tasks.MASKED_TOKEN,
@@ -189,7 +184,6 @@ RECIPES: dict[str, Recipe] = {
             "vocabulary": 256,
             "inv_update_steps": 50,
         },
-        _TEXT_OPTIONS,
     ),
     "maskrcnn": Recipe(
         tasks.DETECTION,

@@ -248,10 +248,13 @@ def _read_digits(options: Options, progress: Progress | None) -> Data:
     return ImageData(train, test, "the handwritten digits of scikit-learn, a fifth held out for testing")
 
 
+def _test_path(options: Options) -> Path | None:
+    """Return where there is what is tested on: as given, or beside what is learned from; None for a share of that."""
+    return find_test_data(Path(str(options.data))) if options.test_data is None else Path(options.test_data)
+
+
 def _read_images(options: Options, progress: Progress | None) -> Data:
-    path = Path(str(options.data))
-    beside = find_test_data(path)
-    test_path = Path(options.test_data) if options.test_data is not None else beside
+    path, test_path = Path(str(options.data)), _test_path(options)
     images = read_images(path, options.image_size, progress)
     if test_path is None:
         train, test = hold_out(images, HELD_OUT, options.seed)
@@ -261,15 +264,15 @@ def _read_images(options: Options, progress: Progress | None) -> Data:
 
 
 def _read_masked_images(options: Options, progress: Progress | None) -> Data:
-    path, side = Path(str(options.data)), _given(options.crop)
+    path, test_path, side = Path(str(options.data)), _test_path(options), _given(options.crop)
     images = read_masked_images(path, progress)
     _check_crop(side, images.shape)
-    if options.test_data is None:
+    if test_path is None:
         train, test = split_masked_images(images, HELD_OUT, options.seed)
         source = f"{path.name}, a fifth held out for testing"
     else:
-        train, test = images, read_masked_images(Path(options.test_data), progress)
-        source = f"{path.name}, tested on {Path(options.test_data).name}"
+        train, test = images, read_masked_images(test_path, progress)
+        source = f"{path.name}, tested on {test_path.name}"
         if test.shape[0] != train.shape[0]:
             raise DataError(f"test images have {test.shape[0]} channels, training images {train.shape[0]}; make equal")
     return MaskedImageData(train, test, source, Crops.count_of(train, side))
@@ -286,9 +289,7 @@ def _read_scenes(options: Options, progress: Progress | None) -> Data:
     model = find_model(options.recipe, options.model)
     if isinstance(model, MaskRCNN):
         model.check()
-    path = Path(str(options.data))
-    beside = find_test_data(path)
-    test_path = Path(options.test_data) if options.test_data is not None else beside
+    path, test_path = Path(str(options.data)), _test_path(options)
     scenes = read_scenes(path)
     if test_path is None:
         order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(options.seed)).tolist()
@@ -302,8 +303,8 @@ def _read_scenes(options: Options, progress: Progress | None) -> Data:
 
 
 def _read_text(options: Options, progress: Progress | None) -> Data:
-    path = Path(str(options.data))
-    text = read_text(path, str(options.unit), _given(options.vocabulary))
+    path, test_path = Path(str(options.data)), _test_path(options)
+    text = read_text(path, str(options.unit), _given(options.vocabulary), test_path)
     return TextData(text, _given(options.positions))
 
 

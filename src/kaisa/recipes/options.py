@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kaisa.errors import ConfigurationError
 from kaisa.kfac.arrangement import AUTO
 from kaisa.kfac.placement import gradient_workers
 from kaisa.quantize import QuantConfig
-from kaisa.recipes.catalogue import Recipe, find_model, find_recipe
+from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, SCENES, TEXT, Recipe, find_model, find_recipe
 from kaisa.recipes.contestants import ADAHESSIAN, Contestant, Preconditioning
 from kaisa.recipes.tasks import Score, Task
 from kaisa.recipes.text import UNITS
@@ -23,6 +24,16 @@ CONTESTANTS = ("both", "first-order", "kfac")
 DEVICES = ("cpu", "cuda")
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 WHOLE = ("crop", "positions", "vocabulary")
+USED_BY = {
+    "crop": (MASKED_IMAGES,),
+    "positions": (TEXT,),
+    "unit": (TEXT,),
+    "vocabulary": (TEXT,),
+    "image_size": (IMAGES, SCENES),
+    "augment": (IMAGES, MASKED_IMAGES, SCENES),
+}
+"""The kinds of data that an option is for; of the others it would change nothing."""
+OF_FILES = ("test_data", "image_size")  # the digits that need no file have no use for them
 SEED = Range("a whole number of at least 0 and below 1000000", 0, 1e6, False, True, whole=True)
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.003, "adamw": 0.003, "rsg": 1.0, "arsg": 0.01, ADAHESSIAN: 0.15}
@@ -37,7 +48,7 @@ class Options:
     Attributes:
         recipe: a name of `kaisa.recipes.catalogue.RECIPES`.
         data: folder or zip file; None for the handwritten digits.
-        test_data: likewise; None for images held out of the others.
+        test_data: likewise; None for NAME-test beside NAME-train, or a share held out.
         image_size: width and height that images are resized to.
         crop: width and height of crops of images with masks.
         positions: tokens of a sequence.
@@ -117,15 +128,21 @@ class Options:
         self.build_contestants()
 
     def _check_recipe(self) -> None:
-        """Refuse options that the recipe has no use for, and a lack of data."""
-        own = self.known_recipe.own
-        strangers = [name for name in (*WHOLE, "unit") if name not in own and getattr(self, name) is not None]
-        if strangers:
-            raise ConfigurationError(f"the recipe {self.recipe} has no use for --{strangers[0]}; leave it out")
-        if "unit" in own:
-            self._check_choice("unit", tuple(UNITS))
+        """Refuse options that would change nothing, and a lack of data."""
+        kind = self.known_recipe.kind
+        self._refuse([name for name, kinds in USED_BY.items() if kind not in kinds], "leave it out")
         if self.data is None and not self.known_recipe.has_data:
             raise ConfigurationError(f"the recipe {self.recipe} needs --data, a folder or zip file")
+        if self.data is None:
+            self._refuse(OF_FILES, "leave it out, or give --data")
+        if kind == TEXT:
+            self._check_choice("unit", tuple(UNITS))
+
+    def _refuse(self, names: Sequence[str], advice: str) -> None:
+        given = [name for name in names if getattr(self, name) not in (None, False)]
+        if given:
+            option = given[0].replace("_", "-")
+            raise ConfigurationError(f"the recipe {self.recipe} has no use for --{option}; {advice}")
 
     def _check_sharing(self) -> None:
         """Equal parts of a batch make the mean over ranks the mean over the batch."""

@@ -3,6 +3,9 @@
     train*.txt, and valid*.txt or test*.txt     to learn from, and to test on
     any other .txt                              the last tenth of all of them is tested on
 
+Where there is other text to test on, those of its files count whose names say so, or all of them if none does; the same
+holds of what is learned from.
+
 Tokens are characters, or words between blanks and ends of lines. The vocabulary has the most frequent ones of the text
 that is learned from; all others are one token, and so is what hides a token from a masked language model.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +27,7 @@ from kaisa.recipes.images import is_hidden, open_tree
 UNKNOWN, HIDDEN = "<unk>", "<mask>"
 HELD_OUT = 0.1  # the share of the text that is tested on, where there is no other
 SUFFIX = ".txt"
+TRAIN, TEST = ("train",), ("valid", "test")  # how names of files begin
 
 
 def _words(text: str) -> list[str]:
@@ -90,31 +94,43 @@ class Text:
     source: str
 
 
-def read_text(path: Path, unit: str, size: int) -> Text:
+def read_text(path: Path, unit: str, size: int, test_path: Path | None = None) -> Text:
     """Read a text and number its tokens.
 
     Args:
         path: a file, or a folder or zip file of such.
         unit: "characters" or "words".
         size: the most tokens that the vocabulary has.
+        test_path: what is tested on, likewise; None for a part of the other.
 
     Raises:
-        DataError: the path is missing, holds no text, or what is no text.
+        DataError: a path is missing, holds no text, or what is no text.
     """
-    train, test, source = _split(path)
+    train, test, source = _split(path) if test_path is None else _pair(path, test_path)
     vocabulary = Vocabulary.fit(train, unit, size)
     return Text(vocabulary.encode(train), vocabulary.encode(test), vocabulary, source)
 
 
 def _split(path: Path) -> tuple[str, str, str]:
     files = _read_files(path)
-    train = "".join(text for name, text in files.items() if PurePosixPath(name).name.startswith("train"))
-    test = "".join(text for name, text in files.items() if PurePosixPath(name).name.startswith(("valid", "test")))
+    train, test = _part(files, TRAIN), _part(files, TEST)
     if train and test:
         return train, test, f"{path.name}, its training part tested on the other"
     whole = "".join(files.values())
     cut = round((1 - HELD_OUT) * len(whole))
     return whole[:cut], whole[cut:], f"{path.name}, the last tenth held out for testing"
+
+
+def _pair(path: Path, test_path: Path) -> tuple[str, str, str]:
+    train, test = (
+        _part(files, names) or "".join(files.values())
+        for files, names in ((_read_files(path), TRAIN), (_read_files(test_path), TEST))
+    )
+    return train, test, f"{path.name}, tested on {test_path.name}"
+
+
+def _part(files: Mapping[str, str], names: tuple[str, ...]) -> str:
+    return "".join(text for name, text in files.items() if PurePosixPath(name).name.startswith(names))
 
 
 def read_text_file(path: Path) -> str:

@@ -1,0 +1,68 @@
+"""What a recipe learns from and is tested on, as its options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kaisa.recipes.data import Data, TextData, read_data
+from kaisa.recipes.options import Options
+from tests.recipes.conftest import write_discs, write_images, write_shapes
+
+
+def write_letters(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    (folder / "novel.txt").write_text("abcd" * count)
+    return folder
+
+
+WRITE: dict[str, Callable[[Path, int], Path]] = {
+    "resnet": lambda folder, count: write_images(folder, {"cat": count, "dog": count}),
+    "unet": write_discs,
+    "gpt": write_letters,
+    "bert": write_letters,
+    "maskrcnn": write_shapes,
+}
+SMALL: dict[str, dict[str, Any]] = {"unet": {"crop": 16}, "gpt": {"positions": 2}, "bert": {"positions": 2}}
+
+
+@pytest.fixture(params=WRITE)
+def recipe(request: pytest.FixtureRequest, smallest_detector: None) -> str:
+    return str(request.param)
+
+
+def read(recipe: str, path: Path, **given: Any) -> Data:
+    model = {"model": "smallest"} if recipe == "maskrcnn" else {}
+    options = {"recipe": recipe, "data": str(path), "batch_size": 2, **model, **SMALL.get(recipe, {}), **given}
+    return read_data(Options.complete(options))
+
+
+def sizes(data: Data) -> tuple[int, int]:
+    """Return how much is learned from and tested on: images, or tokens."""
+    parts = data.text if isinstance(data, TextData) else data
+    return len(parts.train), len(parts.test)  # type: ignore[attr-defined]
+
+
+def per_count(recipe: str) -> int:
+    return {"resnet": 2, "gpt": 4, "bert": 4}.get(recipe, 1)
+
+
+def test_test_data_are_those_that_are_named(recipe: str, tmp_path: Path) -> None:
+    path, other = WRITE[recipe](tmp_path / "data", 10), WRITE[recipe](tmp_path / "other", 7)
+    data = read(recipe, path, test_data=str(other))
+    assert sizes(data) == (10 * per_count(recipe), 7 * per_count(recipe))
+    assert data.source == "data, tested on other"
+
+
+def test_test_data_beside_training_data_are_tested_on(recipe: str, tmp_path: Path) -> None:
+    path = WRITE[recipe](tmp_path / "data-train", 10)
+    held = sizes(read(recipe, path))
+    assert sum(held) == 10 * per_count(recipe)
+    assert held[1] > 0
+    WRITE[recipe](tmp_path / "data-test", 7)
+    data = read(recipe, path)
+    assert sizes(data) == (10 * per_count(recipe), 7 * per_count(recipe))
+    assert data.source == "data-train, tested on data-test"
