@@ -29,7 +29,7 @@ from kaisa.recipes.tasks import Score
 
 TUNING_SEED = 1000
 TARGET_SEEDS = (TUNING_SEED, 1001, 1002)
-FINAL_SEEDS = (3, 4, 5)
+FINAL_SEEDS = (3, 4, 5, 6, 7)
 NEVER = Look(2**62, math.inf, math.inf, math.nan)
 
 
@@ -81,9 +81,10 @@ class Race:
         values = [heat.value for heat in heats if heat is not None]
         return median(values) if len(values) == len(TARGET_SEEDS) else None
 
-    def first(self, heat: Result, target: float) -> Look:
-        """Return the first look that shows the target, or `NEVER`."""
-        return next((look for look in heat.looks if self.score.reaches(look.value, target)), NEVER)
+    def first(self, heat: Result, target: float, in_a_row: int = 1) -> Look:
+        """Return the first look that shows the target, as do those after it, so many in a row, or `NEVER`."""
+        shown = [self.score.reaches(look.value, target) for look in heat.looks]
+        return next((look for i, look in enumerate(heat.looks) if all(shown[i : i + in_a_row])), NEVER)
 
     def enough(self, plan: Plan, stage: str) -> Callable[[float], bool] | None:
         """Return what tells that a heat of tuning is decided: its value is the target's; None of all others."""
