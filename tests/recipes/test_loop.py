@@ -11,7 +11,7 @@ from torch.nn import functional
 from kaisa.errors import StateError
 from kaisa.recipes.batches import ImageBatches
 from kaisa.recipes.contestants import Contestant, Preconditioning
-from kaisa.recipes.loop import Training, evaluate, load, save, warm_up
+from kaisa.recipes.loop import Training, evaluate, load, random_state, save, set_random_state, warm_up
 from kaisa.recipes.tasks import Lesson
 
 EPOCHS = 4
@@ -139,6 +139,37 @@ def test_the_checkpoint_of_another_contestant_is_refused(start: Start, tmp_path:
     other.lesson = replace(other.lesson, batches=replace(other.batches, seed=other.batches.seed + 1))
     with pytest.raises(StateError, match=r"the checkpoint is of .* 3.*, expected .* 4"):
         load(other, tmp_path / "checkpoint.pt")
+
+
+def test_the_checkpoint_of_an_earlier_version_is_refused(start: Start) -> None:
+    training = start()
+    state = training.state_dict()
+    state["random"] = state.pop("ranks")[0]["random"]["cpu"]
+    with pytest.raises(StateError, match=r"the checkpoint is of an earlier version, .*; start the run anew"):
+        training.load_state_dict(state)
+
+
+def test_the_checkpoint_of_two_ranks_is_refused_by_one(start: Start) -> None:
+    training = start()
+    state = training.state_dict()
+    state["ranks"] *= 2
+    before = weights(training).clone()
+    state["model"] = {name: tensor + 1 for name, tensor in state["model"].items()}
+    with pytest.raises(StateError, match="of 2 ranks, but there are 1"):
+        training.load_state_dict(state)
+    assert torch.equal(weights(training), before)
+
+
+def test_the_random_numbers_of_a_graphics_processor_go_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second generator in the place of the device's, so that no device is needed."""
+    device, drawn = torch.device("cuda", 1), torch.Generator().manual_seed(7)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda asked: drawn.get_state() if asked == device else None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, asked: asked == device and drawn.set_state(state))
+    state = random_state(device)
+    expected = torch.rand(3), torch.rand(3, generator=drawn)
+    set_random_state(state, device)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.equal(torch.rand(3, generator=drawn), expected[1])
 
 
 def test_an_interrupted_save_keeps_the_last_checkpoint(

@@ -7,7 +7,8 @@ Seconds are those of training alone: forward, backward, preconditioning, update 
 of batches, without evaluation, checkpoints or reports.
 
 Several ranks train one model: each on its part of a batch, with gradients averaged by DistributedDataParallel. The
-first evaluates and writes; the file holds the K-FAC state of every rank.
+first evaluates and writes; the file holds the K-FAC state and the random numbers of every rank. Weights begin equal;
+what is drawn later differs from rank to rank, as the noise of training in few bits must.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Training:
         epochs: int,
         ranks: Collectives | None = None,
     ) -> Training:
-        """Begin with weights of the batches' seed, the same for all contestants."""
+        """Begin with weights of the batches' seed, the same for all contestants and ranks."""
         batches = lesson.batches
         torch.manual_seed(batches.seed)
         model = lesson.build().to(batches.device)
@@ -138,6 +139,7 @@ class Training:
         ranks = ranks or Alone()
         parallel = model if ranks.world_size == 1 else DistributedDataParallel(model)
         kfac = contestant.build_preconditioner(parallel, optimizer, batches.seed, ranks, batches.terms)
+        _part_random_numbers(ranks.rank)
         return cls(contestant, lesson, epochs, model, optimizer, kfac, parallel, ranks)
 
     @property
@@ -220,8 +222,7 @@ class Training:
             "model": self.model.state_dict(),
             "ranges": ranges_of(self.model),
             "optimizer": self.optimizer.state_dict(),
-            "kfac": self._gather_kfac_states(),
-            "random": torch.get_rng_state(),
+            "ranks": gathered(self._own_state(), self.ranks, self.batches.device),
             "history": [asdict(epoch) for epoch in self.history],
         }
 
@@ -229,31 +230,56 @@ class Training:
         """Go on from a state.
 
         Raises:
-            StateError: it is the state of another contestant or seed.
+            StateError: it is the state of another contestant, seed or number of ranks, or of an earlier version.
         """
+        if "ranks" not in state:
+            raise StateError(
+                "the checkpoint is of an earlier version, which kept the random numbers of one processor alone; "
+                "start the run anew"
+            )
         found = state["contestant"], state["seed"]
         expected = self.contestant.slug, self.batches.seed
         if found != expected:
             raise StateError(f"the checkpoint is of {found}, expected {expected}")
-        kfac = None if self.kfac is None else own_part(state["kfac"], self.ranks)
+        own = own_part(state["ranks"], self.ranks)
         self.model.load_state_dict(state["model"])
         load_ranges(self.model, state.get("ranges", {}))
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.kfac is not None and kfac is not None:
-            self.kfac.load_state_dict(kfac)
-        torch.set_rng_state(state["random"])
+        if self.kfac is not None:
+            self.kfac.load_state_dict(own["kfac"])
+        set_random_state(own["random"], self.batches.device)
         self.history = [Epoch(**epoch) for epoch in state["history"]]
 
-    def _gather_kfac_states(self) -> list[dict[str, Any]]:
-        """Return what each rank's preconditioner holds, on the first rank; nothing of a first-order contestant."""
-        if self.kfac is None:
-            return []
-        return gathered(self.kfac.state_dict(), self.ranks, self.batches.device)
+    def _own_state(self) -> dict[str, Any]:
+        """Return what differs from rank to rank."""
+        return {
+            "kfac": None if self.kfac is None else self.kfac.state_dict(),
+            "random": random_state(self.batches.device),
+        }
 
     def close(self) -> None:
         """Take the hooks off the model."""
         if self.kfac is not None:
             self.kfac.close()
+
+
+def _part_random_numbers(rank: int) -> None:
+    """Let the ranks, which have drawn the same so far, draw differently from now on; the first goes on as if alone."""
+    if rank:
+        torch.manual_seed(int(torch.randint(2**31, (rank,))[-1]))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that a training on a device draws from, the processor's among them."""
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else {**state, "cuda": torch.cuda.get_rng_state(device)}
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Let the generators go on from where `random_state` found them."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def mixed_precision(lesson: Lesson) -> torch.autocast:
