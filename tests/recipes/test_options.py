@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kaisa.errors import ConfigurationError
+from kaisa.recipes.catalogue import RECIPES
 from kaisa.recipes.contestants import OPTIMIZERS
 from kaisa.recipes.options import LEARNING_RATES, Options
 
@@ -48,6 +49,14 @@ def test_every_optimizer_has_a_learning_rate_of_its_own_unless_one_is_given() ->
     for optimizer, rate in LEARNING_RATES.items():
         assert Options.complete({"optimizer": optimizer}).lr == rate
         assert Options.complete({"optimizer": optimizer, "lr": 0.5}).lr == 0.5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_usual_optimizer_has_the_rate_of_the_recipe_whether_it_is_given_or_not(recipe: str) -> None:
+    given = {"recipe": recipe, "data": "somewhere"}
+    usual = Options.complete(given)
+    assert Options.complete({**given, "optimizer": usual.optimizer}) == usual
+    assert Options.complete({**given, "optimizer": "adahessian"}).lr == LEARNING_RATES["adahessian"]
 
 
 def test_the_rate_behind_kfac_is_checked_even_where_it_is_not_used() -> None:

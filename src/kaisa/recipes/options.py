@@ -176,9 +176,10 @@ class Options:
         given = _read_optimizer({name: value for name, value in given.items() if value is not None})
         recipe = given.setdefault("recipe", "resnet" if "data" in given else "digits")
         preset = dict(find_recipe(recipe).preset)
-        if given.get("optimizer", preset.get("optimizer")) != preset.get("optimizer"):
+        usual = preset.get("optimizer", "sgd")
+        optimizer = given.get("optimizer", usual)
+        if optimizer != usual:
             preset.pop("lr", None)  # it is for the usual optimizer
-        optimizer = given.get("optimizer", preset.get("optimizer", "sgd"))
         merged = {"lr": LEARNING_RATES.get(optimizer, math.nan), **preset, **given}
         own = {option.name for option in fields(Preconditioning)} & set(merged)
         preconditioning = Preconditioning(**{name: merged.pop(name) for name in own})
