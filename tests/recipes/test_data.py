@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from kaisa.errors import DataError
 from kaisa.recipes.data import Data, TextData, read_data
 from kaisa.recipes.options import Options
 from tests.recipes.conftest import write_discs, write_images, write_shapes
@@ -66,3 +68,11 @@ def test_test_data_beside_training_data_are_tested_on(recipe: str, tmp_path: Pat
     data = read(recipe, path)
     assert sizes(data) == (10 * per_count(recipe), 7 * per_count(recipe))
     assert data.source == "data-train, tested on data-test"
+
+
+def test_black_masks_are_nothing_to_learn_from(tmp_path: Path) -> None:
+    path = write_discs(tmp_path / "discs")
+    for file in (path / "label").glob("*.png"):
+        Image.new("L", (48, 32)).save(file)
+    with pytest.raises(DataError, match=r"the masks in .*discs are black everywhere; draw the object white"):
+        read("unet", path)

@@ -103,6 +103,15 @@ def test_an_unreadable_image_is_named(folder: Path, damage: bytes | None) -> Non
         read_images(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif"), (np.float32, "tif")]
+)
+def test_an_image_of_more_shades_than_a_byte_has_is_named(kind: type, suffix: str, folder: Path) -> None:
+    Image.fromarray(np.full((8, 8), 300, kind)).save(folder / "eel" / f"0004.{suffix}")
+    with pytest.raises(DataError, match=rf"eel/0004\.{suffix} has more than 8 bits a pixel .*; convert it to 8 bits"):
+        read_images(folder)
+
+
 def test_an_image_of_another_size_is_named(folder: Path) -> None:
     Image.new("RGB", (8, 5)).save(folder / "eel" / "0004.png")
     with pytest.raises(DataError, match=r"eel/0004\.png is 8x5 pixels, the first image 8x8"):

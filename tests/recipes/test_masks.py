@@ -66,6 +66,16 @@ def test_a_folder_without_pairs_and_other_sizes_are_refused(discs: Path, tmp_pat
         read_masked_images(tmp_path / "empty")
 
 
+def test_masks_that_are_dim_everywhere_are_refused_and_black_ones_read(discs: Path) -> None:
+    for file in (discs / "label").glob("*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) // 255).save(file)
+    with pytest.raises(DataError, match=r"no mask in .*discs is bright anywhere: their pixels go up to 1, .*; draw it"):
+        read_masked_images(discs)
+    for file in (discs / "label").glob("*.png"):
+        Image.new("L", (48, 32)).save(file)
+    assert not read_masked_images(discs).masks.any()
+
+
 def test_a_share_is_held_out_by_seed_and_nothing_is_lost(images: MaskedImages) -> None:
     kept, held = split_masked_images(images, 0.4, seed=1)
     assert (len(kept), len(held)) == (3, 2)

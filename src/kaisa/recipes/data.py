@@ -267,6 +267,8 @@ def _read_masked_images(options: Options, progress: Progress | None) -> Data:
     path, test_path, side = Path(str(options.data)), _test_path(options), _given(options.crop)
     images = read_masked_images(path, progress)
     _check_crop(side, images.shape)
+    if not images.masks.any():
+        raise DataError(f"the masks in {path} are black everywhere; draw the object white, as 255")
     if test_path is None:
         train, test = split_masked_images(images, HELD_OUT, options.seed)
         source = f"{path.name}, a fifth held out for testing"

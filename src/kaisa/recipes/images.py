@@ -169,14 +169,17 @@ def decode_image(data: bytes, name: str, side: int | None = None) -> NDArray[np.
     """Return the pixels of a file, of shape (height, width, 1 or 3).
 
     Raises:
-        DataError: it is no image, or a damaged one.
+        DataError: it is no image, a damaged one, or one of more shades than a byte has.
     """
     pillow = load_extra("PIL.Image", "reading images")
     try:
         with pillow.open(io.BytesIO(data)) as image:
-            decoded = image.convert("L" if image.mode in ("1", "L") else "RGB")
+            mode = image.mode
+            decoded = image.convert("L" if mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"unreadable image: {name}") from error
+    if mode.startswith(("I", "F")):  # Pillow would cut at white what it should scale
+        raise DataError(f"{name} has more than 8 bits a pixel (Pillow's mode {mode}); convert it to 8 bits")
     if side is not None and decoded.size != (side, side):
         decoded = decoded.resize((side, side), pillow.Resampling.BILINEAR)
     pixels = np.asarray(decoded, dtype=np.uint8)

@@ -70,7 +70,18 @@ def read_masked_images(path: Path, progress: Progress | None = None) -> MaskedIm
             masks.append(_read(tree, mask, path, pixels))
             if progress is not None:
                 progress(len(pixels), len(pairs))
-    return MaskedImages(stack_images(pixels), (stack_images(masks)[:, 0] >= BRIGHT).to(torch.uint8))
+    return MaskedImages(stack_images(pixels), _objects(stack_images(masks)[:, 0], path))
+
+
+def _objects(masks: Tensor, path: Path) -> Tensor:
+    """Return 1 where masks are bright and 0 elsewhere; dim ones are of another kind, such as numbers of classes."""
+    brightest = int(masks.max())
+    if 0 < brightest < BRIGHT:
+        raise DataError(
+            f"no mask in {path} is bright anywhere: their pixels go up to {brightest}, those of the object are "
+            f"{BRIGHT} or more; draw it white, as 255"
+        )
+    return (masks >= BRIGHT).to(torch.uint8)
 
 
 def _read(tree: Tree, name: str, path: Path, others: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
