@@ -36,6 +36,16 @@ def test_without_a_target_the_race_is_to_what_every_run_reaches() -> None:
     assert choose_target(make_record(*runs, target=0.3)) == 0.3
 
 
+def test_a_run_that_diverges_does_not_spoil_the_target() -> None:
+    nan, run = math.nan, make_run("sgd", 0, [0.5, 0.8, 0.7])
+    for scores, target in (([nan, 0.6, nan], 0.6), ([0.6, nan, nan], 0.6), ([nan, nan, nan], 0.8), ([math.inf], 0.8)):
+        for diverged in (make_run("sgd + K-FAC", 0, scores), make_run("sgd", 1, scores)):
+            assert choose_target(make_record(run, diverged, target=None)) == target
+            assert choose_target(make_record(diverged, run, target=None)) == target
+    (result,) = summarize(make_record(make_run("sgd", 0, [nan, nan]), target=None))
+    assert (result.reached, result.epochs) == (0, math.inf)
+
+
 def test_the_median_over_seeds_counts_and_a_failed_run_as_infinite() -> None:
     runs = [
         make_run("sgd", 0, [0.95, 0.95, 0.95]),

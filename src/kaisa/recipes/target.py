@@ -46,12 +46,16 @@ class Result:
 
 
 def choose_target(record: Record) -> float:
-    """Return the target of the options, or the best score that every run so far has reached."""
+    """Return the target of the options, or the best score that every run so far has reached.
+
+    Scores that are not finite are none: a run that has no other does not take part, and if none has, the target is NaN.
+    """
     if record.options.target is not None:
         return record.options.target
     runs = [run for name in record.contestants for run in record.runs_of(name)]
+    known = [[epoch.test_score for epoch in run.epochs if math.isfinite(epoch.test_score)] for run in runs]
     score = record.options.score
-    return score.worst(*(score.best(*(epoch.test_score for epoch in run.epochs)) for run in runs))
+    return score.worst(*(score.best(*scores) for scores in known if scores)) if any(known) else math.nan
 
 
 def first_at(target: float, epochs: Sequence[Epoch], score: Score = ACCURACY) -> tuple[float, float]:
