@@ -76,3 +76,14 @@ def test_black_masks_are_nothing_to_learn_from(tmp_path: Path) -> None:
         Image.new("L", (48, 32)).save(file)
     with pytest.raises(DataError, match=r"the masks in .*discs are black everywhere; draw the object white"):
         read("unet", path)
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_a_text_to_test_on_that_makes_no_sequence_is_refused(name: str, tmp_path: Path) -> None:
+    path = write_letters(tmp_path / "data", 100)
+    (tmp_path / "short.txt").write_text("abcdabcd")
+    with pytest.raises(DataError, match=r"positions is 8, but there are 8 tokens to test on, .*; give fewer, or"):
+        read(name, path, positions=8, test_data=str(tmp_path / "short.txt"))
+    data = read(name, path, positions=7, test_data=str(tmp_path / "short.txt"))
+    options = Options.complete({"recipe": name, "data": str(path), "positions": 7})
+    assert [inputs.shape for inputs, _ in data.lesson(options, 0).tests] == [(1, 7)]

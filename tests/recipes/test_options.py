@@ -69,6 +69,14 @@ def test_options_survive_a_record() -> None:
     assert Options.from_json(options.to_json()) == options
 
 
+@pytest.mark.parametrize("recipe", ["gpt", "bert"])
+def test_a_vocabulary_has_room_for_more_than_what_stands_for_no_word(recipe: str) -> None:
+    for size in (1, 2, 2.5):
+        with pytest.raises(ConfigurationError, match=f"vocabulary is {size}; give a whole number of at least 3"):
+            Options.complete({"recipe": recipe, "data": "x", "vocabulary": size})
+    assert Options.complete({"recipe": recipe, "data": "x", "vocabulary": 3}).vocabulary == 3
+
+
 USELESS: dict[str, tuple[dict[str, object], str]] = {
     "positions of images": ({"recipe": "unet", "data": "x", "positions": 8}, "unet has no use for --positions; leave"),
     "a crop of whole images": ({"data": "x", "crop": 16}, "resnet has no use for --crop; leave it out"),

@@ -307,7 +307,16 @@ def _read_scenes(options: Options, progress: Progress | None) -> Data:
 def _read_text(options: Options, progress: Progress | None) -> Data:
     path, test_path = Path(str(options.data)), _test_path(options)
     text = read_text(path, str(options.unit), _given(options.vocabulary), test_path)
+    _check_tests(text, _given(options.positions))
     return TextData(text, _given(options.positions))
+
+
+def _check_tests(text: Text, positions: int) -> None:
+    if len(text.test) <= positions:
+        raise DataError(
+            f"positions is {positions}, but there are {len(text.test)} tokens to test on, which make no sequence and "
+            "the token after it; give fewer, or a longer text"
+        )
 
 
 def _given(value: int | None) -> int:

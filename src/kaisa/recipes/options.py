@@ -17,13 +17,12 @@ from kaisa.quantize import QuantConfig
 from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, SCENES, TEXT, Recipe, find_model, find_recipe
 from kaisa.recipes.contestants import ADAHESSIAN, Contestant, Preconditioning
 from kaisa.recipes.tasks import Score, Task
-from kaisa.recipes.text import UNITS
+from kaisa.recipes.text import SPECIAL, UNITS
 from kaisa.schedules import FRACTION, POSITIVE, STEPS, Range, Schedule
 
 CONTESTANTS = ("both", "first-order", "kfac")
 DEVICES = ("cpu", "cuda")
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-WHOLE = ("crop", "positions", "vocabulary")
 USED_BY = {
     "crop": (MASKED_IMAGES,),
     "positions": (TEXT,),
@@ -35,6 +34,7 @@ USED_BY = {
 """The kinds of data that an option is for; of the others it would change nothing."""
 OF_FILES = ("test_data", "image_size")  # the digits that need no file have no use for them
 SEED = Range("a whole number of at least 0 and below 1000000", 0, 1e6, False, True, whole=True)
+TOKENS = Range("a whole number of at least 3: two tokens stand for no word", SPECIAL + 1, whole=True)
 
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.003, "adamw": 0.003, "rsg": 1.0, "arsg": 0.01, ADAHESSIAN: 0.15}
 """What is taken for learning rates that are not given: of SGD the one that suits it best on the digits (see
@@ -109,8 +109,9 @@ class Options:
 
     def __post_init__(self) -> None:
         find_model(self.recipe, self.model)
-        for name in ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc", *WHOLE):
+        for name in ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc", "crop", "positions"):
             self._check(name, STEPS)
+        self._check("vocabulary", TOKENS)
         self._check("seed", SEED)
         self._check("target", POSITIVE if self.score.is_cost else FRACTION)
         self._check_recipe()

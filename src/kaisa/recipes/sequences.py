@@ -17,11 +17,10 @@ from torch import Tensor
 
 from kaisa.recipes.order import epoch_generator, part_of, whole_batches
 from kaisa.recipes.tasks import IGNORED, Example
-from kaisa.recipes.text import Vocabulary
+from kaisa.recipes.text import SPECIAL, Vocabulary
 
 CPU = torch.device("cpu")
 HIDDEN_SHARE = 0.15
-SPECIAL = 2  # the first tokens of a vocabulary, which stand for no word
 
 
 @dataclass(frozen=True)

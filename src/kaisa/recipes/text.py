@@ -25,6 +25,7 @@ from kaisa.errors import DataError
 from kaisa.recipes.images import is_hidden, open_tree
 
 UNKNOWN, HIDDEN = "<unk>", "<mask>"
+SPECIAL = 2  # the first tokens of a vocabulary, which stand for no word
 HELD_OUT = 0.1  # the share of the text that is tested on, where there is no other
 SUFFIX = ".txt"
 TRAIN, TEST = ("train",), ("valid", "test")  # how names of files begin
@@ -56,7 +57,7 @@ class Vocabulary:
         for special in (UNKNOWN, HIDDEN):
             counts.pop(special, None)
         known = sorted(counts, key=lambda token: (-counts[token], token))
-        return cls(unit, (UNKNOWN, HIDDEN, *known[: size - 2]))
+        return cls(unit, (UNKNOWN, HIDDEN, *known[: size - SPECIAL]))
 
     def __len__(self) -> int:
         return len(self.tokens)
