@@ -93,6 +93,26 @@ def test_linear_layers_have_the_results_of_the_simulation(
         torch.testing.assert_close(own, other, rtol=0, atol=2e-6 * other.abs().max().item())
 
 
+def test_sums_that_32_bits_do_not_hold_are_sums_of_floats(products: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """With all codes but one −128, the sum over 2¹⁸ rows is 2³² too much for its type."""
+    x, results = torch.zeros(2**18, 8), []
+    x[7, 3] = 1.0
+    layer = nn.Linear(8, 8)
+    for how in ("simulate", "int8"):
+        own = prepare(copy.deepcopy(layer), QuantConfig(quantizer="ptq", execution=how))
+        own(x).backward(x)
+        results.append((own.weight.grad, own.bias.grad))
+    assert len(products) == 1  # the forward pass; x has no gradient
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(2**17, 8), (8, 2**17)])
+def test_layers_whose_sums_would_be_too_long_are_simulated(sides: tuple[int, int]) -> None:
+    weight, config = torch.empty(1, 1).expand(sides), QuantConfig(execution="int8")
+    assert not execution.is_in_integers(config, torch.empty(1, 1).expand(4, sides[1]), weight)
+    assert execution.is_in_integers(config, torch.empty(4, 8), weight[:8, :8])
+
+
 @pytest.mark.parametrize("options", [{"mode": "qat"}, {"gradient_bits": None}, {"weight_gradient_bits": None}])
 def test_what_is_not_quantised_is_a_product_of_floats(options: dict[str, object]) -> None:
     simulated, executed = both({"quantizer": "ptq", **options}, nn.Linear(24, 10), torch.randn(33, 24))

@@ -7,7 +7,8 @@ A code q is moved by a whole number so that it fits into int8; a number is then 
 so that one integer product and two vectors of sums are all that is needed. Steps and offsets may differ between the
 rows of what is multiplied from the left, but not along what is summed over: a gradient quantised by rows can make dx in
 integers, T⁻¹ of Householder reflections being taken of the product, and one quantised by columns dw if it is a matrix.
-Where that cannot be, the product is one of floats, with the same quantised numbers.
+Where that cannot be, the product is one of floats, with the same quantised numbers; so it is where a sum could leave 32
+bits.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ WORTHWHILE = 2**22
 LEAST_SIDE = 64
 """The least length of a side of a product for "auto"."""
 
+LONGEST = 2**17 - 1
+"""The most products of two codes, of up to (−128)² = 2¹⁴ each, that are summed: 32 bits hold no more for certain."""
+
 
 def is_in_integers(config: QuantConfig, x: Tensor, weight: Tensor) -> bool:
     """Say whether x @ weight.T is to be computed in integers."""
@@ -41,7 +45,7 @@ def is_in_integers(config: QuantConfig, x: Tensor, weight: Tensor) -> bool:
     if x.dtype == torch.float64 or x.numel() == 0:
         return False
     rows, out, size = x.numel() // x.shape[-1], weight.shape[0], weight[0].numel()
-    if not is_taken(x.device, rows, size, out):
+    if max(out, size) > LONGEST or not is_taken(x.device, rows, size, out):
         return False
     if config.execution == INT8:
         return True
@@ -257,13 +261,14 @@ def _weight_gradients(
     gradient: Tensor, inputs: Codes, rounding: Rounding | None, known: Codes | None
 ) -> tuple[Tensor, Tensor]:
     """Return dw and db; ``known`` are codes of the gradient that there are already."""
-    out = gradient.shape[-1]
-    if known is None and (rounding is None or (rounding.kind == "column" and gradient.ndim > 2)):
-        rows = (gradient if rounding is None else rounding(gradient)).reshape(-1, out)
-        return rows.t() @ inputs.decode(), rows.sum(0)
-    if known is None:
-        assert rounding is not None
+    if known is None and rounding is not None and not (rounding.kind == "column" and gradient.ndim > 2):
         known, _ = _encoded(gradient, rounding)
+    if known is None:
+        rows = (gradient if rounding is None else rounding(gradient)).reshape(-1, gradient.shape[-1])
+        return rows.t() @ inputs.decode(), rows.sum(0)
+    if len(known.values) > LONGEST:
+        rows = known.decode()
+        return rows.t() @ inputs.decode(), rows.sum(0)
     sums = known.column_sums()
     db = (sums * known.step).add_(known.offset * known.values.shape[0])
     return _transposed_times(known, inputs, sums), db[0]
