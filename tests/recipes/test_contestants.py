@@ -70,6 +70,7 @@ def test_names_tell_the_contestants_apart() -> None:
         ("inv_update_steps", -1),
         ("factor_decay", 1.0),
         ("kl_clip", float("nan")),
+        ("fisher_norm", 0.0),
     ],
 )
 def test_options_of_kfac_out_of_range_are_refused_by_name(option: str, value: float) -> None:
@@ -85,6 +86,33 @@ def test_the_sharing_asked_for_is_that_of_the_factors() -> None:
         assert preconditioner is not None
         assert preconditioner.factors.label.sharing == sharing
         preconditioner.close()
+
+
+def test_a_fisher_norm_is_the_length_of_the_natural_gradient_in_place_of_the_kl_clip() -> None:
+    x = torch.linspace(-1, 1, 12).double().reshape(4, 3)
+
+    def gradients(**trust: float) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2, bias=False).double()
+        contestant = Contestant("sgd", 0.1, preconditioning=Preconditioning(**trust))
+        kfac = contestant.build_preconditioner(model, contestant.build_optimizer(model), seed=0)
+        model(x).square().sum(1).mean().backward()
+        raw = model.weight.grad.clone()
+        kfac.step()
+        return raw, model.weight.grad
+
+    raw, natural = gradients(kl_clip=0.0)
+    length = (raw * natural).sum().sqrt()
+    assert length > 0.05
+    torch.testing.assert_close(gradients(kl_clip=0.0, fisher_norm=0.05)[1], natural * 0.05 / length)
+    torch.testing.assert_close(gradients(kl_clip=0.0, fisher_norm=1e3)[1], natural)
+
+
+def test_a_fisher_norm_and_a_kl_clip_exclude_each_other() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"kl-clip is 0\.01 and fisher-norm 0\.2, of which one alone .*; leave"
+    ):
+        Preconditioning(kl_clip=0.01, fisher_norm=0.2)
 
 
 def test_unknown_choices_are_refused_with_the_known_ones() -> None:

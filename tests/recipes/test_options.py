@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import signature
+
 import pytest
 
+from kaisa.commands.train import train
 from kaisa.errors import ConfigurationError
 from kaisa.recipes.catalogue import RECIPES
-from kaisa.recipes.contestants import OPTIMIZERS
+from kaisa.recipes.contestants import OPTIMIZERS, Preconditioning
 from kaisa.recipes.options import LEARNING_RATES, Options
 
 
@@ -64,8 +68,23 @@ def test_the_rate_behind_kfac_is_checked_even_where_it_is_not_used() -> None:
         Options.complete({"kfac_lr": -1.0, "contestants": "first-order"})
 
 
-def test_options_survive_a_record() -> None:
-    options = Options.complete({"optimizer": "arsg+kfac"})
+def test_a_fisher_norm_takes_the_place_of_the_kl_clip_unless_both_are_given() -> None:
+    told = Options.complete({"fisher_norm": 0.2}).to_json()["preconditioning"]
+    assert (told["fisher_norm"], told["kl_clip"]) == (0.2, 0.0)
+    told = Options.complete({}).to_json()["preconditioning"]
+    assert (told["fisher_norm"], told["kl_clip"]) == (None, 0.001)
+    with pytest.raises(ConfigurationError, match=r"kl-clip is 0\.001 and fisher-norm 0\.2"):
+        Options.complete({"fisher_norm": 0.2, "kl_clip": 0.001})
+
+
+def test_every_option_is_one_of_the_command() -> None:
+    own = {option.name for kind in (Options, Preconditioning) for option in fields(kind)}
+    assert own - {"preconditioning"} <= set(signature(train).parameters)
+
+
+@pytest.mark.parametrize("given", [{"optimizer": "arsg+kfac"}, {"fisher_norm": 0.2}])
+def test_options_survive_a_record(given: dict[str, object]) -> None:
+    options = Options.complete(given)
     assert Options.from_json(options.to_json()) == options
 
 

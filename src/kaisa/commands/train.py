@@ -158,6 +158,10 @@ def train(
     ] = None,
     factor_decay: Annotated[float | None, option("Weight of the past in the factors [0.95]", panel=KFAC)] = None,
     kl_clip: Annotated[float | None, option("Size of the trust region; 0 for none [0.001]", panel=KFAC)] = None,
+    fisher_norm: Annotated[
+        float | None,
+        option("Longest natural gradient in the Fisher's norm, such as 0.2, instead of --kl-clip [none]", panel=KFAC),
+    ] = None,
     solver: Annotated[
         str | None, option("eigen, cholesky, ekfac or sqrt_ekfac [digits: cholesky; eigen]", panel=KFAC)
     ] = None,

@@ -17,6 +17,7 @@ from kaisa.kfac.layers import EXPAND, REDUCE
 from kaisa.kfac.options import for_the_planner, one_of
 from kaisa.kfac.placement import COMM_OPT
 from kaisa.kfac.planner import parse_bytes
+from kaisa.kfac.trust_region import FisherNorm
 from kaisa.optim import ARSG, RSG, AdaHessian
 from kaisa.schedules import DECAY, NON_NEGATIVE, POSITIVE, STEPS, Schedule
 
@@ -37,9 +38,9 @@ WARM_UP = 0.05  # the share of the steps over which the learning rate rises
 class Preconditioning:
     """The options of K-FAC that the recipes offer; see `kaisa.KFACPreconditioner`.
 
-    `sharing` is for weights that several positions share; a `kl_clip` of 0 is none; a `memory_budget` is for a
-    `grad_worker_fraction` of "auto"; `parts` are names of modules, divided by commas, to precondition those alone:
-    roi_heads is also what stands inside any other module.
+    `sharing` is for weights that several positions share; a `kl_clip` of 0 is none, which a `fisher_norm`, the limit of
+    `kaisa.kfac.FisherNorm`, needs beside it; a `memory_budget` is for a `grad_worker_fraction` of "auto"; `parts` are
+    names of modules, divided by commas, to precondition those alone: roi_heads is also what stands inside any other module.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -50,6 +51,7 @@ class Preconditioning:
     inv_update_steps: int = 100
     factor_decay: float = 0.95
     kl_clip: float = 0.001
+    fisher_norm: float | None = None
     solver: str = "eigen"
     sharing: str = EXPAND
     grad_worker_fraction: str | float = COMM_OPT
@@ -65,6 +67,13 @@ class Preconditioning:
         Schedule("inv-update-steps", self.inv_update_steps, STEPS)
         Schedule("factor-decay", self.factor_decay, DECAY)
         Schedule("kl-clip", self.kl_clip, NON_NEGATIVE)
+        if self.fisher_norm is not None:
+            Schedule("fisher-norm", self.fisher_norm, POSITIVE)
+            if self.kl_clip:
+                raise ConfigurationError(
+                    f"kl-clip is {self.kl_clip} and fisher-norm {self.fisher_norm}, of which one alone bounds a step; "
+                    "leave one out"
+                )
         if self.solver not in SOLVERS:
             raise ConfigurationError(f"unknown solver {self.solver!r}; choose from {', '.join(SOLVERS)}")
         one_of("sharing", self.sharing, (EXPAND, REDUCE))
@@ -153,6 +162,7 @@ class Contestant:
             inv_update_steps=options.inv_update_steps,
             factor_decay=options.factor_decay,
             kl_clip=options.kl_clip or None,
+            trust_region=None if options.fisher_norm is None else FisherNorm(options.fisher_norm),
             solver=options.solver,
             sharing=options.sharing,
             seed=seed,

@@ -182,6 +182,8 @@ class Options:
         if optimizer != usual:
             preset.pop("lr", None)  # it is for the usual optimizer
         merged = {"lr": LEARNING_RATES.get(optimizer, math.nan), **preset, **given}
+        if "fisher_norm" in merged:
+            merged.setdefault("kl_clip", 0.0)
         own = {option.name for option in fields(Preconditioning)} & set(merged)
         preconditioning = Preconditioning(**{name: merged.pop(name) for name in own})
         return cls(preconditioning=preconditioning, **merged)
