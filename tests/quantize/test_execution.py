@@ -113,6 +113,20 @@ def test_layers_whose_sums_would_be_too_long_are_simulated(sides: tuple[int, int
     assert execution.is_in_integers(config, torch.empty(4, 8), weight[:8, :8])
 
 
+@pytest.mark.parametrize("shape", [(12, 24), (12, 3, 24)])
+def test_examples_with_large_equal_gradients_leave_nothing_in_others(shape: tuple[int, ...]) -> None:
+    gradient = torch.randn(*shape[:-1], 10)
+    gradient[4] = 1e4
+    found = []
+    for how in ("simulate", "int8"):
+        torch.manual_seed(1)
+        layer, x = nn.Linear(24, 10), torch.zeros(shape, requires_grad=True)
+        prepare(layer, QuantConfig(weight_gradient_bits=None, execution=how))(x).backward(gradient)
+        found.append(x.grad)
+    for own, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=2e-6 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("options", [{"mode": "qat"}, {"gradient_bits": None}, {"weight_gradient_bits": None}])
 def test_what_is_not_quantised_is_a_product_of_floats(options: dict[str, object]) -> None:
     simulated, executed = both({"quantizer": "ptq", **options}, nn.Linear(24, 10), torch.randn(33, 24))

@@ -116,6 +116,17 @@ def test_rows_of_equal_numbers_stay_what_they_are(kind: str, value: float) -> No
     torch.testing.assert_close(quantize(column, kind, 4), column, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("constant", [1e4, -1e4, 1e7])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_large_equal_numbers_leave_nothing_in_others(bits: int, constant: float) -> None:
+    x = torch.tensor([[constant] * 4, [0.0, 0.3, 0.7, 1.0]])
+    found = quantize(x, "bhq", bits, stochastic=False)
+    assert torch.equal(found[0], x[0])
+    torch.testing.assert_close(found[1], x[1], rtol=0, atol=0.5 / (2**bits - 1) + 1e-6)
+    shifted = x.double() + torch.tensor([[0.0], [constant]])
+    assert float(exact_variance(shifted, "bhq", bits)) == pytest.approx(float(exact_variance(x, "bhq", bits)), rel=1e-5)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
 def test_a_small_negative_side_gives_numbers_where_the_original_gives_none(bits: int) -> None:
     x = torch.linspace(0, 1, 64).reshape(8, 8)

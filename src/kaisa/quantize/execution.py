@@ -6,14 +6,14 @@ A code q is moved by a whole number so that it fits into int8; a number is then 
 
 so that one integer product and two vectors of sums are all that is needed. Steps and offsets may differ between the
 rows of what is multiplied from the left, but not along what is summed over: a gradient quantised by rows can make dx in
-integers, T⁻¹ of Householder reflections being taken of the product, and one quantised by columns dw if it is a matrix.
-Where that cannot be, the product is one of floats, with the same quantised numbers; so it is where a sum could leave 32
-bits.
+integers, T⁻¹ of Householder reflections being taken of the product (what they take from a row comes back times the sums
+of w's columns), one quantised by columns dw if it is a matrix. Where that cannot be, or sums may leave 32 bits, the
+product is one of floats, with the same quantised numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -220,7 +220,7 @@ def _times_transposed(left: Codes, right: Codes, added: Tensor | None) -> Tensor
 def _times(left: Codes, right: Codes) -> Tensor:
     """Return left @ right, the former's steps and offsets by rows, the latter's one for all."""
     sums = torch._int_mm(left.values, right.values)
-    columns = right.step * right.column_sums() + right.offset * left.values.shape[1]
+    columns = _column_totals(right)
     rows = left.row_sums().mul_(left.step * right.offset)
     return _with_columns(sums, left.step * right.step, rows, left.offset, columns)
 
@@ -228,9 +228,14 @@ def _times(left: Codes, right: Codes) -> Tensor:
 def _transposed_times(left: Codes, right: Codes, left_sums: Tensor) -> Tensor:
     """Return left.T @ right, the former's steps and offsets by columns, the latter's one for all."""
     sums = torch._int_mm(left.values.t(), right.values)
-    columns = right.step * right.column_sums() + right.offset * left.values.shape[0]
+    columns = _column_totals(right)
     rows = left_sums.t() * (left.step.t() * right.offset)
     return _with_columns(sums, left.step.t() * right.step, rows, left.offset.t(), columns)
+
+
+def _column_totals(right: Codes) -> Tensor:
+    """Return (1, columns) sums of the numbers of a matrix of one step and offset."""
+    return right.step * right.column_sums() + right.offset * len(right.values)
 
 
 def _with_columns(sums: Tensor, step: Tensor, rows: Tensor, offset: Tensor, columns: Tensor) -> Tensor:
@@ -254,7 +259,10 @@ def _input_gradient(gradient: Tensor, weights: Codes, rounding: Rounding | None)
     dx = _times(codes, weights)
     if reflections is None:
         return dx, codes
-    return reflections.inverse(dx.view(gradient.shape[0], -1)).view(dx.shape), None
+    assert reflections.least is not None
+    linear_part = replace(reflections, least=None)
+    by_example = linear_part.inverse(dx.view(gradient.shape[0], -1)).view(gradient.shape[0], -1, dx.shape[1])
+    return by_example.addcmul_(reflections.least.unsqueeze(2), _column_totals(weights)).view(dx.shape), None
 
 
 def _weight_gradients(

@@ -5,13 +5,14 @@ A tensor is read as a matrix X of N samples (its first dimension) by D numbers, 
     ptq      one grid for all, on which 0 lies exactly           Var ≤ N D step² / 4
     psq      a grid for each sample, from its lowest to its highest number    D / 4 · Σ step_i²
     column   a grid for each of the D places                     N / 4 · Σ step_j²
-    bhq      psq of T X, and T⁻¹ of what comes out (see `kaisa.quantize.reflections`)
+    bhq      psq of T (X − the least of each row), T⁻¹ of what comes out, plus these (see `kaisa.quantize.reflections`)
 
 Ranges are of the tensor at hand. No host ever waits for the device. Source: arXiv 2010.14298.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from kaisa import grids
 from kaisa.errors import ConfigurationError
 from kaisa.grids import Grid
-from kaisa.quantize.reflections import Reflections, reflections_of
+from kaisa.quantize.reflections import Reflections, reflections_for
 
 KINDS = ("ptq", "psq", "column", "bhq")
 LEAST_BITS, MOST_BITS = 2, 16
@@ -98,10 +99,11 @@ def on_grid(
 
 
 def transformed(matrix: Tensor, kind: str) -> tuple[Tensor, Reflections | None]:
-    """Return the matrix, or for "bhq" T X, and T."""
+    """Return the matrix, or for "bhq" T X, and T, which takes the least number of each row from it."""
     if kind != "bhq" or not matrix.numel():
         return matrix, None
-    reflections = reflections_of(matrix)
+    least = matrix.amin(1, keepdim=True)
+    reflections = replace(reflections_for((matrix.amax(1, keepdim=True) - least).squeeze(1)), least=least)
     return reflections.apply(matrix), reflections
 
 

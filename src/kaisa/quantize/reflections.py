@@ -9,8 +9,11 @@ Q is its own inverse and takes e₁, the large row, to 1/√n. With z = diag(s) 
 
     (Q z)₁ = z₁ + w        (Q z)ᵢ = zᵢ − w / (√n − 1)
 
-so that a group costs a sum and a broadcast: O(N · D) for all. The group of a row, and how many there are, are tensors:
-nothing here waits for the device. Source: arXiv 2010.14298; the rules for groups and scales are those of its code.
+so that a group costs a sum and a broadcast: O(N · D) for all. What numbers of a row have in common, such as the least
+of them, may be taken from it before and added after: the ranges of T X are the same without, and a row of large numbers
+that hardly differ does not leave its rounding errors in the others of its group. The group of a row, and how many there
+are, are tensors: nothing here waits for the device. Source: arXiv 2010.14298; the rules for groups and scales are those
+of its code.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Reflections:
         starts: of each group, where its rows begin among the members; N for places without a group, which there are
             because the number of groups is not known to the host.
         parts: of each member, how much of it is in its group's w (N).
+        least: what is taken from each row (N × 1); None for nothing. T is then X ↦ T (X − least).
     """
 
     group: Tensor
@@ -49,12 +53,14 @@ class Reflections:
     members: Tensor
     starts: Tensor
     parts: Tensor
+    least: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """Return T X of a matrix with a row a sample."""
         result = torch.empty_like(x)
         for target, part in _by_columns(result, x):
-            self._reflect(part * self.scales, target)
+            z = part * self.scales if self.least is None else (part - self.least).mul_(self.scales)
+            self._reflect(z, target)
         return result
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -66,7 +72,7 @@ class Reflections:
         return self._inverse_into(y, y)
 
     def inverse_transposed(self, x: Tensor) -> Tensor:
-        """Return T⁻ᵀ X."""
+        """Return T⁻ᵀ X, of the matrix T alone."""
         result = torch.empty_like(x)
         for target, part in _by_columns(result, x):
             self._reflect(part / self.scales, target)
@@ -76,7 +82,9 @@ class Reflections:
         back = self.scales.reciprocal()
         for target, part in _by_columns(result, y):
             z = part.clone(memory_format=torch.contiguous_format)
-            torch.mul(self._reflect(z, z), back, out=target)
+            x = torch.mul(self._reflect(z, z), back, out=target)
+            if self.least is not None:
+                x.add_(self.least)
         return result
 
     def _reflect(self, z: Tensor, result: Tensor) -> Tensor:
