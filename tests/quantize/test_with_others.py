@@ -14,13 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import kaisa
 from kaisa.optim import ARSG, RSG, AdaHessian
-from kaisa.quantize import QuantConfig, convert, prepare, quantized_layers, ranges_of, set_mode
+from kaisa.quantize import QuantConfig, allocate_bits, convert, prepare, quantized_layers, ranges_of, set_mode
 from kaisa.recipes.language_models import Gpt2, Width
 
 
@@ -270,6 +271,32 @@ def _mean_of_gradients() -> list[Tensor]:
             (F.cross_entropy(model(x), labels) / 2).backward()
         optimizer.step()
     return list(model.parameters())
+
+
+class Holder(nn.Module):
+    """Holds a model by names that wrappers use too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module, self._orig_mod = model, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._orig_mod(self.module(x))
+
+
+def test_names_leave_out_wrappers_and_nothing_else(model: nn.Module) -> None:
+    holder = Holder(model)
+    own = ["module.conv", "module.attention", "module.head", "_orig_mod"]
+    assert list(quantized_layers(prepare(holder))) == own
+    holder.module = torch.compile(CheckpointWrapper(convert(model)), backend="eager")
+    assert list(quantized_layers(prepare(nn.DataParallel(holder)))) == own
+
+
+def test_reports_and_bits_name_layers_as_preparing_does(model: nn.Module) -> None:
+    wrapped = nn.DataParallel(Holder(model))
+    bits = allocate_bits(wrapped, batch(), 5, kind="psq", bits=(4, 6), probes=1)
+    assert list(bits) == ["module.conv", "module.attention", "module.head", "_orig_mod"]
+    prepare(wrapped, QuantConfig(gradient_bits=bits))
 
 
 def test_a_wrapped_model_is_prepared_and_converted_inside(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError
+from kaisa.quantize.prepare import named_modules
 from kaisa.quantize.report import ALL_BITS, LAYERS, Loss, variance_report
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -75,7 +76,7 @@ def allocate_bits(
 def _by_module(model: nn.Module, costs: Costs) -> Costs:
     """Return the costs of modules that can be quantised: those of a layer of its name, or the sums over projections."""
     left, found = dict(costs), dict[str, dict[int, float]]()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         layers = [name] if isinstance(module, LAYERS) else []
         if isinstance(module, nn.MultiheadAttention):
             layers = [f"{name}.{part}".removeprefix(".") for part in PROJECTIONS]

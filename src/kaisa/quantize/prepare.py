@@ -42,6 +42,14 @@ CONTAINERS: Mapping[type[nn.Module], type[nn.Module]] = {
 }
 """Modules that would bypass those inside them, and what they become."""
 
+WRAPPERS: Mapping[str, str] = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+"""Types that wrap a module, by name, so that none is loaded for it; and as what they hold it."""
+
 _BACK: Mapping[type[nn.Module], type[nn.Module]] = {
     after: before for types in (TYPES, CONTAINERS) for before, after in types.items()
 }
@@ -100,9 +108,26 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules by name, without what DistributedDataParallel, torch.compile and checkpointing put into names."""
+    plain: dict[str, str] = {}
+    held: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        parent, _, last = name.rpartition(".")
+        own = "" if last in held.get(parent, ()) else last
+        plain[name] = ".".join(filter(None, (plain.get(parent), own)))
+        held[name] = _held_by(module)
+        yield plain[name], module
+
+
+def _held_by(module: nn.Module) -> list[str]:
+    """Return as what a module holds another that it wraps."""
+    return [WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in WRAPPERS]
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the layers in few bits by name."""
-    return {_plain(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, QuantizedLayer)}
 
 
 def ranges_of(model: nn.Module) -> dict[str, Tensor]:
@@ -132,19 +157,10 @@ def load_ranges(model: nn.Module, ranges: Mapping[str, Tensor]) -> None:
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
     """Yield the name, the module and the type of its float form, also of those that have no shapes yet."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         kind = getattr(module, "cls_to_become", None) or _BACK.get(type(module), type(module))
         if kind in TYPES:
-            yield _plain(name), module, kind
-
-
-def _plain(name: str) -> str:
-    """Return a name without what DistributedDataParallel, torch.compile and checkpointing put into it."""
-    wrappers = ("module", "_orig_mod", "_checkpoint_wrapped_module")
-    parts = name.split(".")
-    while parts and parts[0] in wrappers[:2]:
-        parts.pop(0)
-    return ".".join(part for part in parts if part not in wrappers[1:])
+            yield name, module, kind
 
 
 def _check(name: str, module: nn.Module) -> None:

@@ -39,6 +39,7 @@ from kaisa.quantize.attention import (
     WatchedMultiheadAttention,
     projection_name,
 )
+from kaisa.quantize.prepare import named_modules
 from kaisa.quantize.quantizers import KINDS, matrix_of
 from kaisa.quantize.reflections import reflections_of
 from kaisa.quantize.variance import code_variances
@@ -211,7 +212,7 @@ See = Callable[[_Call, Tensor], None]
 @contextmanager
 def _watched(model: nn.Module, see: See) -> Iterator[None]:
     """Show what the layers of a model compute, while it is used."""
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     attentions = {name: module for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)}
     handles = [
         module.register_forward_hook(_hook(name, see)) for name, module in modules.items() if isinstance(module, LAYERS)
