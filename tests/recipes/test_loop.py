@@ -149,6 +149,14 @@ def test_the_checkpoint_of_an_earlier_version_is_refused(start: Start) -> None:
         training.load_state_dict(state)
 
 
+def test_the_checkpoint_of_another_model_is_refused(start: Start) -> None:
+    training = start()
+    state = training.state_dict()
+    state["model"]["other.weight"] = torch.zeros(3)
+    with pytest.raises(StateError, match=r'of another model than .*: .*Unexpected key.* "other\.weight"'):
+        training.load_state_dict(state)
+
+
 def test_the_checkpoint_of_two_ranks_is_refused_by_one(start: Start) -> None:
     training = start()
     state = training.state_dict()

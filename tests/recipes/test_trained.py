@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kaisa.cli import BAD_INPUT, run
 from kaisa.errors import ConfigurationError, DataError, StateError
 from kaisa.recipes.catalogue import DETECTORS
 from kaisa.recipes.detectors import MaskRCNN
@@ -121,6 +122,24 @@ def test_weights_of_another_recipe_are_refused(runs: Runs, tmp_path: Path) -> No
     shutil.copy(next(runs["bert"].glob("*.safetensors")), weights)
     with pytest.raises(StateError, match="does not hold the weights of the run's model"):
         read_trained(folder)
+
+
+def test_a_model_that_is_made_otherwise_here_is_refused_on_reading_and_on_resuming(
+    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(runs["bert"], folder)
+    record = Record.read(folder)
+    assert {each.model for each in record.runs} == {"MaskedBert"}
+    record.versions["transformers"] = "5.0"
+    record.runs = [replace(each, model="TransformersBert") for each in record.runs]
+    record.write(folder)
+    monkeypatch.setattr("kaisa.recipes.record.describe_versions", dict)
+    said = "the run trained a TransformersBert, but what is made here is a MaskedBert; it began with transformers 5.0"
+    with pytest.raises(StateError, match=said):
+        read_trained(folder)
+    assert run(["train", "--resume", str(folder)]) == BAD_INPUT
+    assert said in capfd.readouterr().err
 
 
 def test_a_detector_of_torchvision_is_refused_without_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import save_model
 
 from kaisa.errors import ConfigurationError, StateError
@@ -68,9 +69,12 @@ def check_folder(folder: Path) -> None:
 
 
 def check_same_data(record: Record, data: Data) -> None:
-    """Raise StateError unless the data are those that the record began with."""
+    """Raise StateError unless the data, and the model that is made for them, are those that the record began with."""
     if record.data["digest"] != data.describe()["digest"]:
         raise StateError("the data are not those that the run began with; start a new run")
+    lesson = data.lesson(record.options, record.options.seed)
+    with torch.device("meta"):
+        record.check_model(lesson.build())
 
 
 def compare(record: Record, data: Data, folder: Path, watcher: Watcher, ranks: Collectives | None = None) -> None:
@@ -144,4 +148,5 @@ def _describe(training: Training) -> Run:
         peak_memory=measure_peak_memory(training.batches.device),
         kfac_memory=None if kfac is None else dict(kfac.memory_usage()),
         epochs=list(training.history),
+        model=type(training.model).__name__,
     )

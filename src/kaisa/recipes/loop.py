@@ -242,13 +242,20 @@ class Training:
         if found != expected:
             raise StateError(f"the checkpoint is of {found}, expected {expected}")
         own = own_part(state["ranks"], self.ranks)
-        self.model.load_state_dict(state["model"])
+        self._load_weights(state["model"])
         load_ranges(self.model, state.get("ranges", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.kfac is not None:
             self.kfac.load_state_dict(own["kfac"])
         set_random_state(own["random"], self.batches.device)
         self.history = [Epoch(**epoch) for epoch in state["history"]]
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise StateError(f"the checkpoint is of another model than the one that is made here: {reason}") from error
 
     def _own_state(self) -> dict[str, Any]:
         """Return what differs from rank to rank."""

@@ -1,7 +1,8 @@
 """BERT for masked-language modelling alone: Transformers' where it is installed, and otherwise our own.
 
 Both have the parameters of BERT without its pooler and the head for the order of sentences; dropout is left out of
-both, for the texts that train here in minutes are passed over a few times only.
+both, for the texts that train here in minutes are passed over a few times only. Their names of parameters differ: the
+record of a run says which was trained, and neither takes the weights of the other.
 """
 
 from __future__ import annotations

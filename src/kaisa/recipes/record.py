@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kaisa.errors import StateError
 from kaisa.recipes.files import written_whole
@@ -28,7 +29,9 @@ from kaisa.recipes.options import Options
 FORMAT = 2  # 1 knew no score but accuracy
 KIND = "kaisa train"
 FILE = "record.json"
-PACKAGES = ("kaisa", "torch", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow")
+MODEL_PACKAGES = ("transformers", "torchvision")
+"""Packages that some models are made of, where they are installed."""
+PACKAGES = ("kaisa", "torch", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow", *MODEL_PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Run:
         peak_memory: the most bytes that the process (on a GPU: PyTorch) held; None if unknown.
         kfac_memory: the bytes that K-FAC holds, by use; None without it.
         epochs: what each brought.
+        model: the type of the model; None in older records.
     """
 
     contestant: str
@@ -54,6 +58,7 @@ class Run:
     peak_memory: int | None
     kfac_memory: dict[str, int] | None
     epochs: list[Epoch]
+    model: str | None = None
 
     @property
     def seconds_per_step(self) -> float:
@@ -107,6 +112,21 @@ class Record:
         names = [contestant.name for contestant in self.options.build_contestants()]
         return [name for name in names if self.runs_of(name)]
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise StateError unless a model is of the type that was trained, where the record says."""
+        here = type(model).__name__
+        strangers = [run.model for run in self.runs if run.model not in (None, here)]
+        if strangers:
+            raise StateError(f"the run trained a {strangers[0]}, but what is made here is a {here}{self.advice()}")
+
+    def advice(self) -> str:
+        """Return how to get the packages that the models of the run were made of; nothing where they are here."""
+        if all(run.model is None for run in self.runs):
+            return ""  # an older record, which does not know
+        here = describe_versions()
+        pairs = [(name, self.versions.get(name), here.get(name)) for name in MODEL_PACKAGES]
+        return "".join(f"; {_advise(name, then, now)}" for name, then, now in pairs if then != now)
+
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
         value = _without_infinities({"format": FORMAT, "kind": KIND, **asdict(self)})
@@ -145,6 +165,12 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_infinities(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _advise(package: str, then: str | None, now: str | None) -> str:
+    if then is None:
+        return f"it began without {package}; use an environment that has none"
+    return f"it began with {package} {then}, here is {now or 'none'}; pip install {package}=={then}"
 
 
 def describe_machine() -> dict[str, Any]:

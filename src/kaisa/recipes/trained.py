@@ -117,7 +117,7 @@ def read_trained(path: Path, progress: Progress | None = None) -> Trained:
     options, described = record.options, record.data
     weights = path if path.is_file() else _find_weights(folder)
     model = find_model(options.recipe, options.model)(*_sizes(options, described))
-    _load(model, weights)
+    _load(model, weights, record)
 
     @cache
     def read() -> Data:
@@ -193,12 +193,15 @@ def _find_weights(folder: Path) -> Path:
     return found[0]
 
 
-def _load(model: nn.Module, weights: Path) -> None:
+def _load(model: nn.Module, weights: Path, record: Record) -> None:
+    record.check_model(model)
     try:
         load_model(model, str(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise StateError(f"{weights} does not hold the weights of the run's model: {reason}") from error
+        raise StateError(
+            f"{weights} does not hold the weights of the run's model: {reason}{record.advice()}"
+        ) from error
 
 
 def _known_normalizer(described: dict[str, Any]) -> Normalizer | None:
