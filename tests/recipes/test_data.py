@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from kaisa.errors import DataError
+from kaisa.recipes import detection, images
 from kaisa.recipes.data import Data, TextData, read_data
+from kaisa.recipes.images import WORKERS
 from kaisa.recipes.options import Options
 from tests.recipes.conftest import write_discs, write_images, write_shapes
 
@@ -28,7 +32,12 @@ WRITE: dict[str, Callable[[Path, int], Path]] = {
     "bert": write_letters,
     "maskrcnn": write_shapes,
 }
-SMALL: dict[str, dict[str, Any]] = {"unet": {"crop": 16}, "gpt": {"positions": 2}, "bert": {"positions": 2}}
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"crop": 16},
+    "gpt": {"positions": 2},
+    "bert": {"positions": 2},
+    "maskrcnn": {"model": "smallest"},
+}
 
 
 @pytest.fixture(params=WRITE)
@@ -36,10 +45,12 @@ def recipe(request: pytest.FixtureRequest, smallest_detector: None) -> str:
     return str(request.param)
 
 
+def complete(recipe: str, path: Path, **given: Any) -> Options:
+    return Options.complete({"recipe": recipe, "data": str(path), "batch_size": 2, **SMALL.get(recipe, {}), **given})
+
+
 def read(recipe: str, path: Path, **given: Any) -> Data:
-    model = {"model": "smallest"} if recipe == "maskrcnn" else {}
-    options = {"recipe": recipe, "data": str(path), "batch_size": 2, **model, **SMALL.get(recipe, {}), **given}
-    return read_data(Options.complete(options))
+    return read_data(complete(recipe, path, **given))
 
 
 def sizes(data: Data) -> tuple[int, int]:
@@ -70,6 +81,25 @@ def test_test_data_beside_training_data_are_tested_on(recipe: str, tmp_path: Pat
     assert data.source == "data-train, tested on data-test"
 
 
+@pytest.mark.parametrize(("name", "module"), [("resnet", images), ("unet", images), ("maskrcnn", detection)])
+def test_as_many_threads_decode_as_are_asked_for(
+    name: str, module: ModuleType, tmp_path: Path, smallest_detector: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[int] = []
+
+    def pool(workers: int) -> ThreadPoolExecutor:
+        pools.append(workers)
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", pool)
+    path = WRITE[name](tmp_path / "data", 6)
+    for given, expected in (({"workers": 3}, 3), ({}, WORKERS)):
+        options = complete(name, path, test_data=str(path), **given)
+        next(iter(read_data(options).lesson(options, 0).batches.epoch(0)))
+        assert set(pools) == {expected}
+        pools.clear()
+
+
 def test_black_masks_are_nothing_to_learn_from(tmp_path: Path) -> None:
     path = write_discs(tmp_path / "discs")
     for file in (path / "label").glob("*.png"):
@@ -85,5 +115,4 @@ def test_a_text_to_test_on_that_makes_no_sequence_is_refused(name: str, tmp_path
     with pytest.raises(DataError, match=r"positions is 8, but there are 8 tokens to test on, .*; give fewer, or"):
         read(name, path, positions=8, test_data=str(tmp_path / "short.txt"))
     data = read(name, path, positions=7, test_data=str(tmp_path / "short.txt"))
-    options = Options.complete({"recipe": name, "data": str(path), "positions": 7})
-    assert [inputs.shape for inputs, _ in data.lesson(options, 0).tests] == [(1, 7)]
+    assert [inputs.shape for inputs, _ in data.lesson(complete(name, path, positions=7), 0).tests] == [(1, 7)]

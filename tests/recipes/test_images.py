@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,17 @@ import torch
 from PIL import Image
 
 from kaisa.errors import DataError
-from kaisa.recipes.images import Images, find_test_data, hold_out, match_images, read_images
+from kaisa.recipes.images import (
+    AHEAD,
+    Images,
+    decode_ahead,
+    find_test_data,
+    hold_out,
+    is_image,
+    match_images,
+    open_tree,
+    read_images,
+)
 from tests.recipes.conftest import CLASSES, write_images, zip_folder
 
 
@@ -59,6 +70,40 @@ def test_grey_images_have_one_channel_unless_one_has_colour(tmp_path: Path) -> N
 def test_images_are_resized_where_asked(folder: Path) -> None:
     assert read_images(folder, side=5).shape == (3, 5, 5)
     assert equal(read_images(folder, side=8), read_images(folder))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_however_many_threads_decode_the_images_are_the_same(zipped: bool, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "animals", {"cat": 150, "dog": 150}, side=3)
+    Image.new("L", (3, 3)).save(folder / "cat" / "0000.png")
+    path = zip_folder(folder, tmp_path / "animals.zip") if zipped else folder
+    alone, told = read_images(path, workers=1), []
+    together = read_images(path, progress=lambda *counts: told.append(counts), workers=7)
+    assert equal(alone, together)
+    assert told == [(index + 1, 300) for index in range(300)]
+    expected = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in sorted(folder.rglob("*.png"))])
+    np.testing.assert_array_equal(together.pixels.numpy(), expected.transpose(0, 3, 1, 2))
+
+
+def test_images_are_held_once_while_they_are_read(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "animals", {"cat": 20, "dog": 20}, side=100)
+    read_images(folder)  # imports
+    tracemalloc.start()
+    images = read_images(folder, workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.6 * images.pixels.numel()
+
+
+def test_threads_decode_but_a_few_images_ahead(folder: Path) -> None:
+    with open_tree(folder) as tree:
+        names = [name for name in tree.names if is_image(name)]
+        begun: list[str] = []
+        tree.read = lambda name: begun.append(name) or (folder / name).read_bytes()  # type: ignore[func-returns-value]
+        decoded = decode_ahead(tree, folder, names, workers=2)
+        next(decoded)
+        decoded.close()  # waits for the threads
+    assert len(begun) == 2 * AHEAD + 1 < len(names)
 
 
 def test_progress_counts_to_the_end(folder: Path) -> None:

@@ -47,6 +47,20 @@ def test_a_zip_file_gives_what_its_folder_gives(discs: Path, tmp_path: Path, ins
     assert torch.equal(found.masks, images.masks)
 
 
+def test_however_many_threads_decode_images_and_masks_are_the_same(discs: Path, images: MaskedImages) -> None:
+    for workers in (1, 3):
+        found = read_masked_images(discs, workers=workers)
+        assert torch.equal(found.pixels, images.pixels)
+        assert torch.equal(found.masks, images.masks)
+
+
+def test_masks_of_another_size_than_the_images_are_refused(discs: Path) -> None:
+    for file in (discs / "label").glob("*.png"):
+        Image.new("L", (32, 48)).save(file)
+    with pytest.raises(DataError, match=r"label/00\.png is 32x48 pixels, the first image 48x32; make them equal"):
+        read_masked_images(discs)
+
+
 def test_images_without_a_partner_are_named(discs: Path) -> None:
     (discs / "label" / "02.png").unlink()
     with pytest.raises(DataError, match=r"image/02\.png in .* has no mask of the same name"):

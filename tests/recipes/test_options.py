@@ -105,6 +105,7 @@ USELESS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "a size of text": ({"recipe": "bert", "data": "x", "image_size": 16}, "bert has no use for --image-size; leave"),
     "text that is mirrored": ({"recipe": "gpt", "data": "x", "augment": True}, "gpt has no use for --augment; leave"),
+    "threads that read text": ({"recipe": "gpt", "data": "x", "workers": 2}, "gpt has no use for --workers; leave it"),
     "a size of the digits": ({"image_size": 16}, "digits has no use for --image-size; leave it out, or give --data"),
     "digits to test on": ({"test_data": "x"}, "digits has no use for --test-data; leave it out, or give --data"),
 }

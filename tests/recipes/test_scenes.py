@@ -89,6 +89,15 @@ def test_ranks_divide_the_batches_of_one(scenes: Scenes) -> None:
             assert torch.equal(image, part)
 
 
+def test_however_many_threads_read_ahead_the_batches_are_the_same(scenes: Scenes) -> None:
+    one, many = (list(SceneBatches(scenes, 4, True, seed=5, workers=workers).epoch(0)) for workers in (1, 7))
+    for (shown, rows), (others, other_rows) in zip(one, many, strict=True):
+        assert torch.equal(rows, other_rows)
+        assert all(torch.equal(*pair) for pair in zip(shown[0], others[0], strict=True))
+        for left, right in zip(shown[1], others[1], strict=True):
+            assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_epochs_differ_and_come_again_by_seed(scenes: Scenes) -> None:
     def numbers(epoch: int) -> list[int]:
         return torch.cat([rows for _, rows in SceneBatches(scenes, 4, True, seed=5).epoch(epoch)]).tolist()

@@ -96,6 +96,7 @@ def train(
     vocabulary: Annotated[
         int | None, option(f"gpt, bert: most tokens that are told apart {_usual('vocabulary')}", panel=DATA)
     ] = None,
+    workers: Annotated[int | None, option("Threads that decode images [4]", panel=DATA)] = None,
     output: Annotated[Path | None, option("Folder of the run [runs/TIME-DATA-MODEL]", panel=DATA)] = None,
     tensorboard: Annotated[
         bool | None,

@@ -40,7 +40,8 @@ class Preconditioning:
 
     `sharing` is for weights that several positions share; a `kl_clip` of 0 is none, which a `fisher_norm`, the limit of
     `kaisa.kfac.FisherNorm`, needs beside it; a `memory_budget` is for a `grad_worker_fraction` of "auto"; `parts` are
-    names of modules, divided by commas, to precondition those alone: roi_heads is also what stands inside any other module.
+    names of modules, divided by commas, to precondition those alone: roi_heads is also what stands inside any other
+    module.
 
     Raises:
         ConfigurationError: an option is out of its range.

@@ -207,7 +207,9 @@ class SceneData:
 
     def lesson(self, options: Options, seed: int, rank: int = 0, ranks: int = 1) -> Lesson:
         device = torch.device(options.device)
-        batches = SceneBatches(self.train, options.batch_size, options.augment, seed, device, rank, ranks)
+        batches = SceneBatches(
+            self.train, options.batch_size, options.augment, seed, device, rank, ranks, options.readers
+        )
         build = _builder(options, len(self.train.classes), _given(options.image_size))
         return Lesson(options.task, batches, SceneTests(self.test, device), build, options.dtype)
 
@@ -255,17 +257,17 @@ def _test_path(options: Options) -> Path | None:
 
 def _read_images(options: Options, progress: Progress | None) -> Data:
     path, test_path = Path(str(options.data)), _test_path(options)
-    images = read_images(path, options.image_size, progress)
+    images = read_images(path, options.image_size, progress, options.readers)
     if test_path is None:
         train, test = hold_out(images, HELD_OUT, options.seed)
         return ImageData(train, test, f"{path.name}, a fifth held out for testing")
-    test = match_images(read_images(test_path, options.image_size, progress), images)
+    test = match_images(read_images(test_path, options.image_size, progress, options.readers), images)
     return ImageData(images, test, f"{path.name}, tested on {test_path.name}")
 
 
 def _read_masked_images(options: Options, progress: Progress | None) -> Data:
     path, test_path, side = Path(str(options.data)), _test_path(options), _given(options.crop)
-    images = read_masked_images(path, progress)
+    images = read_masked_images(path, progress, options.readers)
     _check_crop(side, images.shape)
     if not images.masks.any():
         raise DataError(f"the masks in {path} are black everywhere; draw the object white, as 255")
@@ -273,7 +275,7 @@ def _read_masked_images(options: Options, progress: Progress | None) -> Data:
         train, test = split_masked_images(images, HELD_OUT, options.seed)
         source = f"{path.name}, a fifth held out for testing"
     else:
-        train, test = images, read_masked_images(test_path, progress)
+        train, test = images, read_masked_images(test_path, progress, options.readers)
         source = f"{path.name}, tested on {test_path.name}"
         if test.shape[0] != train.shape[0]:
             raise DataError(f"test images have {test.shape[0]} channels, training images {train.shape[0]}; make equal")

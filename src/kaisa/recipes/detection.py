@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kaisa.recipes.detectors import REGIONS
+from kaisa.recipes.images import WORKERS
 from kaisa.recipes.order import epoch_generator, part_of, whole_batches
 from kaisa.recipes.scenes import BOXES, CROWD, LABELS, MASKS, Objects, Scenes
 
 CPU = torch.device("cpu")
-READERS = 4  # threads that decode the next batch while this one is learned from
 
 Shown = tuple[Sequence[Tensor], Sequence[Objects]]
 """Images as floats from 0 to 1, and what is in them."""
@@ -32,6 +32,7 @@ class SceneBatches:
         seed: of order and augmentation.
         device: where the batches are used.
         rank, ranks: which of how many equal parts of each batch is yielded; ``ranks`` divides the size.
+        workers: threads that decode the next batch while this one is learned from.
     """
 
     scenes: Scenes
@@ -41,6 +42,7 @@ class SceneBatches:
     device: torch.device = CPU
     rank: int = 0
     ranks: int = 1
+    workers: int = WORKERS
 
     @property
     def terms(self) -> int:
@@ -53,7 +55,7 @@ class SceneBatches:
     def epoch(self, number: int) -> Iterator[tuple[Shown, Tensor]]:
         """Yield images with what is in them, and their numbers, of one epoch, counted from 0."""
         generator = epoch_generator(self.seed, number)
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(self.workers) as readers:
             ahead = None
             for rows in whole_batches(len(self.scenes), self.size, generator):
                 mirrored = torch.rand(self.size, generator=generator) < 0.5

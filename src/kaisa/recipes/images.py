@@ -3,8 +3,8 @@
     CLASS/NAME.jpg      folders of the archive that hold all classes, as in DATASET/CLASS/NAME.jpg,
                         are skipped; files that are no images and hidden files are left out
 
-A zip file is read in place. The images are decoded once and stay in memory as bytes, which is a
-quarter of what their floats would take.
+A zip file is read in place. The images are decoded once, several at a time, and stay in memory as bytes, which is a
+quarter of what their floats would take; nothing is held twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -27,6 +29,9 @@ from kaisa.errors import DataError
 from kaisa.recipes.extras import load_extra
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+WORKERS = 4  # threads that decode images, where no other number is given
+AHEAD = 2  # images a thread that may wait to be used
 
 Progress = Callable[[int, int], None]
 
@@ -139,7 +144,9 @@ def _check_classes(classes: dict[str, list[str]], path: Path) -> None:
         )
 
 
-def read_images(path: Path, side: int | None = None, progress: Progress | None = None) -> Images:
+def read_images(
+    path: Path, side: int | None = None, progress: Progress | None = None, workers: int = WORKERS
+) -> Images:
     """Read and decode all images.
 
     They become grey if all of them are, and red, green, blue otherwise.
@@ -148,6 +155,7 @@ def read_images(path: Path, side: int | None = None, progress: Progress | None =
         path: a folder or a zip file with one subfolder a class.
         side: resize every image to this many pixels in width and height.
         progress: told how many images of how many are decoded.
+        workers: threads that decode.
 
     Raises:
         DataError: the path, a class or an image is not as it should be.
@@ -155,14 +163,68 @@ def read_images(path: Path, side: int | None = None, progress: Progress | None =
     with open_tree(path) as tree:
         classes = list_classes(tree.names, path)
         members = [(name, label) for label, names in enumerate(classes.values()) for name in names]
-        decoded: list[NDArray[np.uint8]] = []
-        for name, _ in members:
-            decoded.append(decode_image(tree.read(name), f"{path}/{name}", side))
-            _check_size(decoded[-1], decoded[0], f"{path}/{name}")
-            if progress is not None:
-                progress(len(decoded), len(members))
+        decoded = decode_ahead(tree, path, [name for name, _ in members], workers, side)
+        pixels = stack_images(decoded, len(members), progress, advice="give --image-size to resize")
     labels = torch.tensor([label for _, label in members])
-    return Images(stack_images(decoded), labels, tuple(classes))
+    return Images(pixels, labels, tuple(classes))
+
+
+def decode_ahead(
+    tree: Tree, path: Path, names: Sequence[str], workers: int, side: int | None = None
+) -> Generator[tuple[str, NDArray[np.uint8]]]:
+    """Yield path and pixels of images in their order, while threads decode the next ones.
+
+    Raises:
+        DataError: one is no image, or a damaged one.
+    """
+
+    def decode(name: str) -> tuple[str, NDArray[np.uint8]]:
+        return f"{path}/{name}", decode_image(tree.read(name), f"{path}/{name}", side)
+
+    ahead: deque[Future[tuple[str, NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(workers) as readers:
+        for name in names:
+            ahead.append(readers.submit(decode, name))
+            if len(ahead) > AHEAD * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def stack_images(
+    decoded: Iterable[tuple[str, NDArray[np.uint8]]],
+    count: int,
+    progress: Progress | None = None,
+    size: Sequence[int] | None = None,
+    advice: str = "make them equal",
+) -> Tensor:
+    """Return equally large images as one tensor (images, channels, height, width), in colour if any of them is.
+
+    Args:
+        decoded: name and pixels (height, width, channels) of each.
+        count: how many there are.
+        progress: told how many images of how many are decoded.
+        size: the height and width that they must have; None for those of the first.
+        advice: what to do about an image of another size.
+
+    Raises:
+        DataError: one has another size.
+    """
+    whole: NDArray[np.uint8] = np.empty(0, np.uint8)
+    for row, (name, pixels) in enumerate(decoded):
+        height, width, channels = pixels.shape
+        expected = (height, width) if size is None else tuple(size)
+        if (height, width) != expected:
+            raise DataError(f"{name} is {width}x{height} pixels, the first image {expected[1]}x{expected[0]}; {advice}")
+        size = expected
+        if row == 0:
+            whole = np.empty((count, channels, height, width), np.uint8)
+        elif channels > whole.shape[1]:
+            whole = whole.repeat(channels, 1)  # those so far are grey
+        whole[row] = pixels.transpose(2, 0, 1)
+        if progress is not None:
+            progress(row + 1, count)
+    return torch.from_numpy(whole)
 
 
 def decode_image(data: bytes, name: str, side: int | None = None) -> NDArray[np.uint8]:
@@ -184,20 +246,6 @@ def decode_image(data: bytes, name: str, side: int | None = None) -> NDArray[np.
         decoded = decoded.resize((side, side), pillow.Resampling.BILINEAR)
     pixels = np.asarray(decoded, dtype=np.uint8)
     return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _check_size(pixels: NDArray[np.uint8], first: NDArray[np.uint8], name: str) -> None:
-    if pixels.shape[:2] != first.shape[:2]:
-        found, expected = (f"{p.shape[1]}x{p.shape[0]}" for p in (pixels, first))
-        raise DataError(f"{name} is {found} pixels, the first image {expected}; give --image-size to resize")
-
-
-def stack_images(decoded: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Return equally large images as one tensor (images, channels, height, width), in colour if any of them is."""
-    channels = max(pixels.shape[2] for pixels in decoded)
-    shape = (*decoded[0].shape[:2], channels)
-    stacked = np.stack([np.broadcast_to(pixels, shape) for pixels in decoded])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
 def match_images(test: Images, train: Images) -> Images:

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kaisa.errors import DataError
-from kaisa.recipes.images import Progress, Tree, decode_image, is_hidden, is_image, open_tree, stack_images
+from kaisa.recipes.images import WORKERS, Progress, decode_ahead, is_hidden, is_image, open_tree, stack_images
 
 IMAGE_FOLDERS = ("image", "images")
 MASK_FOLDERS = ("label", "labels", "mask", "masks")
@@ -51,26 +49,22 @@ class MaskedImages:
         return MaskedImages(self.pixels[rows], self.masks[rows])
 
 
-def read_masked_images(path: Path, progress: Progress | None = None) -> MaskedImages:
+def read_masked_images(path: Path, progress: Progress | None = None, workers: int = WORKERS) -> MaskedImages:
     """Read and decode all images and their masks, in the order of their names.
 
     Args:
         path: a folder or a zip file.
-        progress: told how many images of how many are decoded.
+        progress: told how many images of how many are decoded, and then of masks.
+        workers: threads that decode.
 
     Raises:
         DataError: the path, an image or a mask is not as it should be.
     """
     with open_tree(path) as tree:
-        pairs = list_pairs(tree.names, path)
-        pixels: list[NDArray[np.uint8]] = []
-        masks: list[NDArray[np.uint8]] = []
-        for image, mask in pairs:
-            pixels.append(_read(tree, image, path, pixels))
-            masks.append(_read(tree, mask, path, pixels))
-            if progress is not None:
-                progress(len(pixels), len(pairs))
-    return MaskedImages(stack_images(pixels), _objects(stack_images(masks)[:, 0], path))
+        images, masks = zip(*list_pairs(tree.names, path), strict=True)
+        pixels = stack_images(decode_ahead(tree, path, images, workers), len(images), progress)
+        shades = stack_images(decode_ahead(tree, path, masks, workers), len(masks), progress, pixels.shape[2:])
+    return MaskedImages(pixels, _objects(shades[:, 0], path))
 
 
 def _objects(masks: Tensor, path: Path) -> Tensor:
@@ -82,14 +76,6 @@ def _objects(masks: Tensor, path: Path) -> Tensor:
             f"{BRIGHT} or more; draw it white, as 255"
         )
     return (masks >= BRIGHT).to(torch.uint8)
-
-
-def _read(tree: Tree, name: str, path: Path, others: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    decoded = decode_image(tree.read(name), f"{path}/{name}")
-    if others and decoded.shape[:2] != others[0].shape[:2]:
-        found, expected = (f"{p.shape[1]}x{p.shape[0]}" for p in (decoded, others[0]))
-        raise DataError(f"{path}/{name} is {found} pixels, the first image {expected}; make them equal")
-    return decoded
 
 
 def list_pairs(names: Sequence[str], path: Path) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from kaisa.kfac.placement import gradient_workers
 from kaisa.quantize import QuantConfig
 from kaisa.recipes.catalogue import IMAGES, MASKED_IMAGES, SCENES, TEXT, Recipe, find_model, find_recipe
 from kaisa.recipes.contestants import ADAHESSIAN, Contestant, Preconditioning
+from kaisa.recipes.images import WORKERS
 from kaisa.recipes.tasks import Score, Task
 from kaisa.recipes.text import SPECIAL, UNITS
 from kaisa.schedules import FRACTION, POSITIVE, STEPS, Range, Schedule
@@ -23,6 +24,7 @@ from kaisa.schedules import FRACTION, POSITIVE, STEPS, Range, Schedule
 CONTESTANTS = ("both", "first-order", "kfac")
 DEVICES = ("cpu", "cuda")
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+COUNTS = ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc", "crop", "positions", "workers")
 USED_BY = {
     "crop": (MASKED_IMAGES,),
     "positions": (TEXT,),
@@ -30,9 +32,10 @@ USED_BY = {
     "vocabulary": (TEXT,),
     "image_size": (IMAGES, SCENES),
     "augment": (IMAGES, MASKED_IMAGES, SCENES),
+    "workers": (IMAGES, MASKED_IMAGES, SCENES),
 }
 """The kinds of data that an option is for; of the others it would change nothing."""
-OF_FILES = ("test_data", "image_size")  # the digits that need no file have no use for them
+OF_FILES = ("test_data", "image_size", "workers")  # the digits that need no file have no use for them
 SEED = Range("a whole number of at least 0 and below 1000000", 0, 1e6, False, True, whole=True)
 TOKENS = Range("a whole number of at least 3: two tokens stand for no word", SPECIAL + 1, whole=True)
 
@@ -54,6 +57,7 @@ class Options:
         positions: tokens of a sequence.
         unit: of text: "characters" or "words".
         vocabulary: the most tokens that are told apart.
+        workers: threads that decode images; None for `kaisa.recipes.images.WORKERS`. The result does not depend on it.
         model: a name of those of the recipe.
         contestants: "both", "first-order" or "kfac".
         optimizer: a name of `kaisa.recipes.contestants.OPTIMIZERS`.
@@ -91,6 +95,7 @@ class Options:
     positions: int | None = None
     unit: str | None = None
     vocabulary: int | None = None
+    workers: int | None = None
     contestants: str = "both"
     optimizer: str = "sgd"
     kfac_lr: float | None = None
@@ -109,7 +114,7 @@ class Options:
 
     def __post_init__(self) -> None:
         find_model(self.recipe, self.model)
-        for name in ("epochs", "batch_size", "repeats", "threads", "image_size", "nproc", "crop", "positions"):
+        for name in COUNTS:
             self._check(name, STEPS)
         self._check("vocabulary", TOKENS)
         self._check("seed", SEED)
@@ -227,6 +232,11 @@ class Options:
     def dtype(self) -> torch.dtype | None:
         """The type of mixed precision; None for none."""
         return PRECISIONS[self.precision]
+
+    @property
+    def readers(self) -> int:
+        """How many threads decode images."""
+        return WORKERS if self.workers is None else self.workers
 
     @property
     def seeds(self) -> list[int]:
