@@ -79,6 +79,28 @@ def test_factors_may_stand_in_for_variances() -> None:
     assert costs["0"][4] == pytest.approx(4 * 0.04 / 225)
 
 
+def test_factors_of_another_model_are_refused() -> None:
+    pair = Pair(torch.eye(4), torch.eye(4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    names = ["0", "1.q_proj", "1.k_proj", "1.v_proj", "1.out_proj", "2"]
+    assert list(allocate_bits(model, None, 5, factors=dict.fromkeys(names, pair))) == ["0", "1", "2"]
+    for missing in ("0", "1.v_proj", "2"):
+        factors = dict.fromkeys((name for name in names if name != missing), pair)
+        with pytest.raises(ConfigurationError, match=f"the factors have none of '{missing}'"):
+            allocate_bits(model, None, 5, factors=factors)
+
+
+@pytest.mark.parametrize("bits", [(), (1, 4), (4, 9), (4.0,)])
+def test_what_is_no_number_of_bits_is_no_choice(bits: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    factors = {"0": Pair(torch.eye(4), torch.eye(4))}
+    for given_factors in (factors, None):
+        with pytest.raises(ConfigurationError, match=r"bits is .*; give whole numbers from 2 to 8"):
+            allocate_bits(model, (torch.randn(3, 4), torch.arange(3)), 5, bits=bits, factors=given_factors)
+    with pytest.raises(ConfigurationError, match="the model has no layer that can be quantised"):
+        allocate_bits(nn.LayerNorm(4), None, 5, factors=factors)
+
+
 def test_bits_of_attention_are_those_of_all_that_it_projects() -> None:
     model = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
     x, y = torch.randn(6, 3, 4), torch.arange(6) % 3

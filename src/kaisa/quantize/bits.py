@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError
-from kaisa.quantize.prepare import named_modules
-from kaisa.quantize.report import ALL_BITS, LAYERS, Loss, variance_report
+from kaisa.quantize.config import is_number_of_bits
+from kaisa.quantize.prepare import quantizable
+from kaisa.quantize.report import ALL_BITS, Loss, variance_report
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of K-FAC in MultiheadAttention."""
@@ -62,8 +63,11 @@ def allocate_bits(
         generator: see `variance_report`.
 
     Raises:
-        ConfigurationError: the budget is below the fewest bits; or see `variance_report`.
+        ConfigurationError: the budget is below the fewest bits; there are none to choose from; the factors leave out a
+            layer that can be quantised; or see `variance_report`.
     """
+    if not bits or not all(is_number_of_bits(count) for count in bits):
+        raise ConfigurationError(f"bits is {tuple(bits)}; give whole numbers from 2 to 8 to choose from")
     if factors is not None:
         return allocate(_by_module(model, costs_of_factors(factors, bits)), budget)
     report = variance_report(model, batch, loss, kinds=(kind,), bits=bits, probes=probes, generator=generator)
@@ -74,15 +78,19 @@ def allocate_bits(
 
 
 def _by_module(model: nn.Module, costs: Costs) -> Costs:
-    """Return the costs of modules that can be quantised: those of a layer of its name, or the sums over projections."""
-    left, found = dict(costs), dict[str, dict[int, float]]()
-    for name, module in named_modules(model):
-        layers = [name] if isinstance(module, LAYERS) else []
-        if isinstance(module, nn.MultiheadAttention):
-            layers = [f"{name}.{part}".removeprefix(".") for part in PROJECTIONS]
-        for layer in layers:
-            if layer in left:
-                _add(found, name, left.pop(layer))
+    """Return the costs of layers that can be quantised: those of its name, or the sums over projections."""
+    found: dict[str, dict[int, float]] = {}
+    for name, _, kind in quantizable(model):
+        parts = [name] if kind is not nn.MultiheadAttention else [f"{name}.{part}".strip(".") for part in PROJECTIONS]
+        for part in parts:
+            if part not in costs:
+                raise ConfigurationError(
+                    f"the factors have none of {part!r}; give those of this model, of each layer that is quantised; "
+                    f"these are of {', '.join(costs)}"
+                )
+            _add(found, name, costs[part])
+    if not found:
+        raise ConfigurationError("the model has no layer that can be quantised")
     return found
 
 
