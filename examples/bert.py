@@ -30,6 +30,14 @@ def hide(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return tokens.scatter(1, places, HIDDEN), targets
 
 
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, inputs: Tensor, targets: Tensor, at_once: int) -> float:
+    """Returns the mean over all hidden words, of which every sequence has as many."""
+    pairs = zip(inputs.split(at_once), targets.split(at_once), strict=True)
+    losses = [len(some) * model(input_ids=some, labels=those).loss for some, those in pairs]
+    return torch.stack(losses).sum().item() / len(inputs)
+
+
 def train(file: Path, steps: int, features: int = 128, positions: int = 32, batch: int = 64) -> float:
     """Trains on nine tenths of a text; returns the loss of the hidden words in the last tenth."""
     torch.manual_seed(0)
@@ -66,10 +74,7 @@ def train(file: Path, steps: int, features: int = 128, positions: int = 32, batc
             print(f"step {step + 1}: loss {loss.item():.3f}")
     model.eval()
     inputs, targets = hide(tested[: len(tested) // positions * positions].reshape(-1, positions), hidden)
-    with torch.no_grad():
-        pairs = zip(inputs.split(batch), targets.split(batch), strict=True)
-        losses = [model(input_ids=some, labels=those).loss for some, those in pairs]
-    return torch.stack(losses).mean().item()
+    return mean_loss(model, inputs, targets, batch)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
 
 
+@torch.no_grad()
+def bits_per_token(model: nn.Module, tokens: Tensor, positions: int, at_once: int = 64) -> float:
+    """Returns the mean over all tokens that are foretold, however many sequences are looked at at once."""
+    windows = tokens[: len(tokens) // (positions + 1) * (positions + 1)].reshape(-1, positions + 1)
+    losses = [
+        nn.functional.cross_entropy(model(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten(), reduction="sum")
+        for w in windows.split(at_once)
+    ]
+    return torch.stack(losses).sum().item() / windows[:, 1:].numel() / math.log(2)
+
+
 def train(file: Path, steps: int, features: int = 128, blocks: int = 4, positions: int = 128, batch: int = 32) -> float:
     """Trains on nine tenths of a text; returns the bits per character on the last tenth."""
     torch.manual_seed(0)
@@ -73,12 +84,7 @@ def train(file: Path, steps: int, features: int = 128, blocks: int = 4, position
         schedule.step()
         if (step + 1) % 50 == 0:
             print(f"step {step + 1}: {loss.item() / math.log(2):.3f} bits per character")
-    windows = tested[: len(tested) // (positions + 1) * (positions + 1)].reshape(-1, positions + 1)
-    with torch.no_grad():
-        losses = [
-            nn.functional.cross_entropy(model(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten()) for w in windows.split(64)
-        ]
-    return torch.stack(losses).mean().item() / math.log(2)
+    return bits_per_token(model, tested, positions)
 
 
 if __name__ == "__main__":

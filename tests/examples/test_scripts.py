@@ -6,7 +6,7 @@ import importlib.util
 import random
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +96,26 @@ def test_bert_finds_hidden_words(text: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     loss = script("bert").train(text, 50, features=32, positions=16, batch=16)
     assert loss < 2.2  # it begins with the logarithm of ten words, 2.3
+
+
+def test_a_short_last_chunk_of_a_text_weighs_by_its_tokens() -> None:
+    gpt = script("gpt")
+    model, tokens = gpt.Decoder(7, 4, 32, 1).double(), torch.randint(7, (27,))
+    inputs, targets = (torch.stack([tokens[start + 5 * row :][:4] for row in range(5)]) for start in (0, 1))
+    with torch.no_grad():
+        chances = model(inputs).softmax(2).gather(2, targets[..., None])
+    assert gpt.bits_per_token(model, tokens, 4, at_once=2) == pytest.approx(-chances.log2().mean().item(), rel=1e-12)
+
+
+def test_a_short_last_chunk_of_hidden_words_weighs_by_its_sequences() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0])
+
+    def model(input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=losses[input_ids[:, 0]].mean())
+
+    rows = torch.arange(5)[:, None]
+    assert script("bert").mean_loss(model, rows, rows, at_once=2) == 4.0
 
 
 def test_the_heads_of_a_detector_learn_behind_kfac(capsys: pytest.CaptureFixture[str]) -> None:
