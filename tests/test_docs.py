@@ -25,3 +25,10 @@ def test_every_page_that_another_points_to_exists() -> None:
     for page in [*PAGES, root / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", BLOCK.sub("", page.read_text())):
             assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+def test_the_first_page_points_to_every_other() -> None:
+    first = PAGES[0].parent / "README.md"
+    targets = {(first.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)\)", first.read_text())}
+    pages = {page.resolve() for page in first.parent.rglob("*.md")} - {first.resolve()}
+    assert pages <= targets, sorted(page.name for page in pages - targets)
