@@ -187,7 +187,14 @@ def test_gradients_have_bits_by_layer(model: nn.Module) -> None:
         ({"bias_bits": 17}, "from 2 to 16"),
         ({"momentum": 0}, "momentum"),
         ({"skip_layers": "head"}, "skip_layers is the text 'head'; give a list"),
+        ({"gradient_bits": 5.0}, r"gradient_bits is 5\.0; give a whole number"),
+        ({"gradient_bits": {"head": 5.0}}, r"gradient_bits of head is 5\.0"),
+        ({"momentum": lambda step: 0.1}, "momentum is <function"),
         ({"skip_layers": ["("]}, "which is no pattern"),
+        ({"skip_layers": [nn.Linear]}, "which is no pattern"),
+        ({"skip_layers": None}, "skip_layers is None; give a list"),
+        ({"execution": "int8", "activation_bits": None}, "execution is 'int8', but activation_bits or weight_bits"),
+        ({"execution": "int8", "weight_bits": None}, "execution is 'int8'"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
@@ -222,6 +229,8 @@ def test_a_refused_model_is_as_it_was(model: nn.Module) -> None:
         prepare(model)
     with pytest.raises(ConfigurationError, match="gradient_bits names 'heat', which is no layer"):
         prepare(model, QuantConfig(gradient_bits={"heat": 3}, skip_layers=["other"]))
+    with pytest.raises(ConfigurationError, match="skip_layers has 'heat', which fits no layer; such are signal, image"):
+        prepare(model, QuantConfig(skip_layers=["other", "heat"]))
     assert not quantized_layers(model)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from kaisa.errors import ConfigurationError
 from kaisa.quantize.rounding import Branches, Rounding
-from kaisa.schedules import Range, Schedule
+from kaisa.schedules import Range
 
 EXACT, QAT, FQT = "exact", "qat", "fqt"
 MODES = (EXACT, QAT, FQT)
@@ -23,7 +23,7 @@ BITS = Range("a whole number from 2 to 8, or None for as many as there are", 2, 
 BIAS_BITS = Range("a whole number from 2 to 16, or None for as many as there are", 2, 16, whole=True)
 MOMENTUM = Range("a number above 0 and at most 1", 0.0, 1.0, excludes_lowest=True)
 
-Skip = Sequence[str] | Callable[[str, nn.Module], bool]
+Skip = Collection[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class QuantConfig:
         momentum: weight of a new batch in the running ranges.
         execution: "simulate" computes in floating point with quantised numbers; "int8" the products of linear layers
             and of convolutions with kernels of 1 in integers; "auto" these where the device is fast at it.
-        skip_layers: patterns of names of modules or types to leave out, or a function of both, name first.
+        skip_layers: patterns of names of layers or their types to leave out, each of which must fit one; or a function
+            of name and module.
 
     Raises:
         ConfigurationError: an option is out of its range.
@@ -75,30 +76,37 @@ class QuantConfig:
             check_choice("weight_gradient_quantizer", self.weight_gradient_quantizer, WEIGHT_GRADIENT_QUANTIZERS)
         check_choice("ranges", self.ranges, (BATCH, RUNNING))
         check_choice("execution", self.execution, EXECUTIONS)
-        Schedule("momentum", self.momentum, MOMENTUM)
+        if self.momentum not in MOMENTUM:
+            raise ConfigurationError(f"momentum is {self.momentum!r}; give {MOMENTUM.words}")
         self._check_bits()
+        if self.execution == INT8 and None in (self.activation_bits, self.weight_bits):
+            raise ConfigurationError(
+                "execution is 'int8', but activation_bits or weight_bits is None, so that nothing can be in integers; "
+                "give both, or choose 'auto' or 'simulate'"
+            )
         if not callable(self.skip_layers):
             self._check_patterns()
 
     def _check_bits(self) -> None:
         for name in ("activation_bits", "weight_bits", "weight_gradient_bits"):
-            _check_bits(name, getattr(self, name), BITS)
+            _check_bits(name, getattr(self, name))
         _check_bits("bias_bits", self.bias_bits, BIAS_BITS)
         if isinstance(self.gradient_bits, Mapping):
             for layer, bits in self.gradient_bits.items():
-                _check_bits(f"gradient_bits of {layer}", bits, BITS)
+                _check_bits(f"gradient_bits of {layer}", bits)
         else:
-            _check_bits("gradient_bits", self.gradient_bits, BITS)
+            _check_bits("gradient_bits", self.gradient_bits)
 
     def _check_patterns(self) -> None:
-        if isinstance(self.skip_layers, str):
+        if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Collection):
+            what = "the text " if isinstance(self.skip_layers, str) else ""
             raise ConfigurationError(
-                f"skip_layers is the text {self.skip_layers!r}; give a list of patterns or a function"
+                f"skip_layers is {what}{self.skip_layers!r}; give a list of patterns or a function"
             )
-        for pattern in self.skip_layers:  # type: ignore[union-attr]
+        for pattern in self.skip_layers:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ConfigurationError(f"skip_layers has {pattern!r}, which is no pattern: {error}") from error
 
     @classmethod
@@ -126,7 +134,12 @@ class QuantConfig:
         """Say whether a module, whose type as a float module is ``kind``, is left out."""
         if callable(self.skip_layers):
             return bool(self.skip_layers(name, module))
-        return any(re.search(pattern, text) for pattern in self.skip_layers for text in (name, kind.__name__))
+        return any(_matches(pattern, name, kind) for pattern in self.skip_layers)
+
+    def idle_patterns(self, layers: Iterable[tuple[str, type[nn.Module]]]) -> list[str]:
+        """Return the patterns of ``skip_layers`` that leave out none of the layers, given by name and float type."""
+        known, patterns = list(layers), () if callable(self.skip_layers) else self.skip_layers
+        return [pattern for pattern in patterns if not any(_matches(pattern, *layer) for layer in known)]
 
     def branches(self, name: str) -> Branches:
         """Return how the output gradient of a layer is quantised for its two uses."""
@@ -150,9 +163,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
-def _check_bits(name: str, value: object, allowed: Range) -> None:
-    if value is not None and value not in allowed:
+def is_number_of_bits(value: object, allowed: Range = BITS) -> bool:
+    """Say whether a value is an int within a range: 5.0 would be refused where bits are counted."""
+    return isinstance(value, int) and value in allowed
+
+
+def _check_bits(name: str, value: object, allowed: Range = BITS) -> None:
+    if value is not None and not is_number_of_bits(value, allowed):
         raise ConfigurationError(f"{name} is {value!r}; give {allowed.words}")
+
+
+def _matches(pattern: str, name: str, kind: type[nn.Module]) -> bool:
+    return any(re.search(pattern, text) for text in (name, kind.__name__))
 
 
 def _rounding(kind: str, bits: int | None) -> Rounding | None:

@@ -69,10 +69,17 @@ def prepare(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
         The same model.
 
     Raises:
-        ConfigurationError: a layer cannot be quantised, there is none, or a name in the options is that of none.
+        ConfigurationError: a layer cannot be quantised, there is none, or a name or pattern in the options is that of
+            none; then nothing has changed.
     """
     config = config or QuantConfig()
-    chosen = {name: module for name, module, kind in _quantizable(model) if not config.skips(name, module, kind)}
+    layers = list(quantizable(model))
+    idle = config.idle_patterns((name, kind) for name, _, kind in layers)
+    if layers and idle:
+        raise ConfigurationError(
+            f"skip_layers has {idle[0]!r}, which fits no layer; such are {', '.join(name for name, _, _ in layers)}"
+        )
+    chosen = {name: module for name, module, kind in layers if not config.skips(name, module, kind)}
     for name, module in chosen.items():
         _check(name, module)
     _check_names(chosen, config)
@@ -125,6 +132,14 @@ def _held_by(module: nn.Module) -> list[str]:
     return [WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in WRAPPERS]
 
 
+def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    """Yield the name of each layer that can be quantised, the layer and the type of its float form."""
+    for name, module in named_modules(model):
+        kind = getattr(module, "cls_to_become", None) or _BACK.get(type(module), type(module))
+        if kind in TYPES:
+            yield name, module, kind
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the layers in few bits by name."""
     return {name: module for name, module in named_modules(model) if isinstance(module, QuantizedLayer)}
@@ -153,14 +168,6 @@ def load_ranges(model: nn.Module, ranges: Mapping[str, Tensor]) -> None:
         buffer = layers[name]._buffers[RANGE]
         assert buffer is not None
         buffer.copy_(value)
-
-
-def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """Yield the name, the module and the type of its float form, also of those that have no shapes yet."""
-    for name, module in named_modules(model):
-        kind = getattr(module, "cls_to_become", None) or _BACK.get(type(module), type(module))
-        if kind in TYPES:
-            yield name, module, kind
 
 
 def _check(name: str, module: nn.Module) -> None:
