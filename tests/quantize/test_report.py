@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError
-from kaisa.quantize import QuantConfig, prepare, quantize, variance_report
+from kaisa.quantize import QuantConfig, allocate_bits, prepare, quantize, set_mode, variance_report
 from kaisa.quantize.report import LAYERS, VarianceReport
 
 Batch = tuple[Tensor, Tensor]
@@ -269,6 +270,16 @@ def test_a_report_is_a_table_a_file_and_a_picture(tmp_path: Path) -> None:
     assert VarianceReport.load(tmp_path / "older.json") == report
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("mode", ["qat", "fqt"])
+def test_a_model_that_computes_in_few_bits_is_refused(mode: str) -> None:
+    model = prepare(network().float(), QuantConfig(mode=mode))
+    x, y = batch()
+    for measure in (variance_report, partial(allocate_bits, budget=5)):
+        with pytest.raises(ConfigurationError, match=f"in mode '{mode}'.*call set_mode\\(model, 'exact'\\)"):
+            measure(model, (x.float(), y))
+    assert variance_report(set_mode(model, "exact"), (x.float(), y), bits=(4,), probes=1).layers
 
 
 def test_what_has_no_variance_is_refused() -> None:

@@ -39,7 +39,8 @@ from kaisa.quantize.attention import (
     WatchedMultiheadAttention,
     projection_name,
 )
-from kaisa.quantize.prepare import named_modules
+from kaisa.quantize.config import EXACT
+from kaisa.quantize.prepare import named_modules, quantized_layers
 from kaisa.quantize.quantizers import KINDS, matrix_of
 from kaisa.quantize.reflections import reflections_of
 from kaisa.quantize.variance import code_variances
@@ -287,8 +288,9 @@ def variance_report(
         generator: of the probes, on the processor; None for one of seed 0.
 
     Raises:
-        ConfigurationError: no layer has a gradient, or the batch holds a single example.
+        ConfigurationError: no layer has a gradient, the batch holds one example, or the model computes in few bits.
     """
+    _check_mode(model)
     lesson = _Lesson(model, loss or _cross_entropy)
     with _same_noise(lesson):
         calls = _observe(lesson, batch)
@@ -300,6 +302,15 @@ def variance_report(
         if call.gradient is not None
     )
     return VarianceReport(measured, measured[0].shape[0])
+
+
+def _check_mode(model: nn.Module) -> None:
+    modes = {layer.quantization.mode for layer in quantized_layers(model).values()} - {EXACT}
+    if modes:
+        raise ConfigurationError(
+            f"the model computes in few bits, in mode {min(modes)!r}, so that its own quantisers would be in what is "
+            "measured; call set_mode(model, 'exact') before, and set its mode again after"
+        )
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
