@@ -9,6 +9,7 @@ messages both stand on this file.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 _ODD = 0x0001_0001_0001_0001
 _SHARE = 4
 _UNIT = 2.0**-16
+_EXPONENT = 0x7F80_0000  # bits of a 32-bit number
 _SUMS = 16  # made of each first number
 _CACHED = 2**18  # numbers, with which two threads are busy
 
@@ -46,6 +48,22 @@ def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Ten
         generator: on their device; None for that of torch.
     """
     return y.add_(noise_like(y, generator), alpha=_UNIT).round_()
+
+
+def in_type_at_random(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Return 32-bit numbers in a shorter type, each rounded up or down so that it stays what it is on average.
+
+    The step of a type at x is eps · 2^⌊log₂|x|⌋, or that of its smallest normal numbers. In steps x has as many places
+    behind the point as the type lacks: noise of so many is exact beside it, and leaves alone what the type has.
+    """
+    type_info = torch.finfo(dtype)
+    powers = x.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)  # what is not finite becomes not a number
+    steps = powers.clamp_min_(type_info.tiny).mul_(type_info.eps)
+    noise, unit = noise_like(x, generator), torch.finfo(torch.float32).eps / type_info.eps
+    if unit > _UNIT:
+        noise.bitwise_right_shift_(round(math.log2(unit / _UNIT))).bitwise_or_(1)
+    y = (x / steps).add_(noise, alpha=max(unit, _UNIT)).round_()
+    return y.mul_(steps).to(dtype)
 
 
 def parts_of(x: Tensor) -> list[slice]:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kaisa.errors import ConfigurationError
+from kaisa.grids import in_type_at_random
 from kaisa.quantize import exact_variance, quantize
 from kaisa.quantize.quantizers import KINDS, range_of, rounded
 from tests.support.codes import codes_of
@@ -81,6 +82,24 @@ def test_other_types_get_what_float32_gets(kind: str, dtype: torch.dtype) -> Non
     x = torch.randn(8, 6).bfloat16()
     found = quantize(x.to(dtype), kind, 4, stochastic=False)
     torch.testing.assert_close(found, quantize(x.float(), kind, 4, stochastic=False).to(dtype), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 1e-5)])
+def test_of_short_types_too_the_mean_is_what_was_rounded(kind: str, dtype: torch.dtype, scale: float) -> None:
+    x = (torch.randn(12, 10) * scale).to(dtype)
+    draws = torch.stack([quantize(x, kind, 8, generator=generator(seed)) for seed in range(400)]).double()
+    squared_error = (draws.mean(0) - x.double()).square().sum() * len(draws)
+    assert 0.6 < float(squared_error / draws.var(0).sum()) < 1.5  # χ² over its degrees of freedom
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_short_type_has_is_not_moved(dtype: torch.dtype) -> None:
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    assert torch.equal(in_type_at_random(numbers.float(), dtype), numbers)
+    odd = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    assert not bool(in_type_at_random(odd, dtype).isfinite().any())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,7 +40,8 @@ def quantize(
         >>> kaisa.quantize.quantize(torch.randn(32, 64), "bhq", bits=4)
 
     Args:
-        x: any shape, its first dimension samples; 16-bit types are computed with in 32. What is not finite stays so.
+        x: any shape, its first dimension samples; 16-bit types are computed with in 32, and their results
+            are rounded to them likewise. What is not finite stays so.
         kind: "ptq" (a grid a tensor), "psq" (a sample), "column" (a place in a sample) or "bhq" (block Householder).
         bits: 2 to 16; noise is made for up to 8, and biases are what more are for.
         stochastic: round at random, so that E[result] = x; otherwise to the nearest, ties to even.
@@ -83,8 +84,12 @@ def rounded(
     """
     rows, grid, reflections = on_grid(x, kind, bits, ranges, aligned)
     if reflections is None:
-        return _shaped(grid.rounded(rows, stochastic=stochastic, generator=generator), x)
-    return _shaped(reflections.inverse_(grid.round_(rows, stochastic=stochastic, generator=generator)), x)
+        values = grid.rounded(rows, stochastic=stochastic, generator=generator)
+    else:
+        values = reflections.inverse_(grid.round_(rows, stochastic=stochastic, generator=generator))
+    if stochastic and x.element_size() < values.element_size():
+        values = grids.in_type_at_random(values, x.dtype, generator)
+    return _shaped(values, x)
 
 
 def on_grid(
