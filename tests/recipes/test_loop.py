@@ -3,13 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
 from kaisa.errors import StateError
-from kaisa.recipes.batches import ImageBatches
+from kaisa.recipes.batches import ImageBatches, ImageTests
 from kaisa.recipes.contestants import Contestant, Preconditioning
 from kaisa.recipes.loop import Training, evaluate, load, random_state, save, set_random_state, warm_up
 from kaisa.recipes.tasks import Lesson
@@ -107,11 +108,8 @@ def test_contestants_start_from_the_same_weights(lesson: Lesson) -> None:
     assert all(torch.equal(weights(training), weights(started[0])) for training in started)
 
 
-def test_evaluation_counts_every_image_once(
-    batches: ImageBatches, lesson: Lesson, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kaisa.recipes.batches.EVALUATED_AT_ONCE", 7)
-    model = lesson.build()
+def test_evaluation_counts_every_image_once(batches: ImageBatches, lesson: Lesson) -> None:
+    model, lesson = lesson.build(), replace(lesson, tests=ImageTests(batches.images, batches.normalize, size=7))
     outputs = model(batches.normalize(batches.images.pixels)).detach()
     labels = batches.images.labels
     loss, (accuracy,) = evaluate(model, lesson).means()
@@ -131,6 +129,30 @@ def test_seconds_add_up_over_epochs(start: Start) -> None:
     training = start()
     seconds = [training.epoch().seconds for _ in range(3)]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+def test_the_peak_of_memory_is_that_of_training_over_all_epochs_and_no_evaluation(
+    lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    of_training, of_evaluation = iter([20, 50, 30, 10]), iter([900] * 4)
+
+    def filling(function: Callable[..., Any], sizes: Iterator[int]) -> Callable[..., Any]:
+        return lambda *arguments: (held.append(next(sizes)), function(*arguments))[1]
+
+    monkeypatch.setattr("kaisa.recipes.loop.reset_peak_memory", lambda device: held.clear())
+    monkeypatch.setattr("kaisa.recipes.loop.measure_peak_memory", lambda device: max(held))
+    monkeypatch.setattr("kaisa.recipes.loop.evaluate", filling(evaluate, of_evaluation))
+    monkeypatch.setattr(Training, "_train", filling(Training._train, of_training))
+    first, second = (Training.start(PRECONDITIONINGS["sgd"], lesson, EPOCHS) for _ in range(2))
+    for expected in (20, 50):
+        first.epoch()
+        assert first.peak_memory == expected
+    save(first, tmp_path / "checkpoint.pt")
+    load(second, tmp_path / "checkpoint.pt")
+    for _ in range(2):
+        second.epoch()
+        assert second.peak_memory == 50
 
 
 def test_the_checkpoint_of_another_contestant_is_refused(start: Start, tmp_path: Path) -> None:

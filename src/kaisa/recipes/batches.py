@@ -51,7 +51,7 @@ class Normalizer:
         return (pixels.float() - self.mean) / self.deviation
 
 
-EVALUATED_AT_ONCE = 1000
+EVALUATED_AT_ONCE = 1000  # at most
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,16 @@ class ImageTests:
         images: what is tested on.
         normalize: from bytes to the model's input.
         device: where they are used.
+        size: images at once.
     """
 
     images: Images
     normalize: Normalizer
     device: torch.device = CPU
+    size: int = EVALUATED_AT_ONCE
 
     def __iter__(self) -> Iterator[Example]:
-        for rows in torch.arange(len(self.images)).split(EVALUATED_AT_ONCE):
+        for rows in torch.arange(len(self.images)).split(self.size):
             inputs = self.normalize(self.images.pixels[rows]).to(self.device)
             yield inputs, self.images.labels[rows].to(self.device)
 

@@ -19,16 +19,17 @@ from safetensors.torch import save_model
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.quantize import QuantConfig, prepare
+from kaisa.recipes.batches import ImageTests
 from kaisa.recipes.contestants import Contestant
 from kaisa.recipes.data import Data
 from kaisa.recipes.files import written_whole
 from kaisa.recipes.loop import Training, load, save, warm_up
-from kaisa.recipes.memory import measure_peak_memory, reset_peak_memory
 from kaisa.recipes.options import Options
 from kaisa.recipes.record import Record, Run
 from kaisa.recipes.tasks import Lesson
 
 CHECKPOINT = "checkpoint.pt"
+EVALUATED_PER_TRAINED = 8  # images at once, where none of a layer's inputs is kept for gradients
 
 
 class Watcher(Protocol):
@@ -81,12 +82,21 @@ def compare(record: Record, data: Data, folder: Path, watcher: Watcher, ranks: C
     """Run what the record does not have yet; ``ranks`` reaches the other processes that do the same."""
     ranks = ranks or Alone()
     for seed in record.options.seeds:
-        lesson = in_few_bits(data.lesson(record.options, seed, ranks.rank, ranks.world_size), record.options)
+        lesson = data.lesson(record.options, seed, ranks.rank, ranks.world_size)
+        lesson = in_few_bits(in_small_batches(lesson, record.options), record.options)
         for contestant in record.options.build_contestants():
             if not record.is_finished(contestant.name, seed):
                 _run(contestant, lesson, record, folder, watcher, ranks)
     if ranks.rank == 0:
         (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def in_small_batches(lesson: Lesson, options: Options) -> Lesson:
+    """Return a lesson that tests on few images at once where few are learned from, so that no more memory is needed."""
+    if not isinstance(lesson.tests, ImageTests):
+        return lesson  # other tests come in small batches as they are
+    size = EVALUATED_PER_TRAINED * (options.batch_size // options.nproc)
+    return replace(lesson, tests=replace(lesson.tests, size=min(size, lesson.tests.size)))
 
 
 def in_few_bits(lesson: Lesson, options: Options) -> Lesson:
@@ -107,7 +117,6 @@ def _run(
 ) -> None:
     epochs, batches = record.options.epochs, lesson.batches
     warm_up(Training.start(contestant, lesson, epochs, ranks))
-    reset_peak_memory(batches.device)
     with closing(Training.start(contestant, lesson, epochs, ranks)) as training:
         if _is_under_way(record, contestant, batches.seed):
             load(training, folder / CHECKPOINT)
@@ -145,7 +154,7 @@ def _describe(training: Training) -> Run:
         learning_rate=training.contestant.learning_rate,
         finished=training.is_finished,
         steps=len(training.history) * len(training.batches),
-        peak_memory=measure_peak_memory(training.batches.device),
+        peak_memory=training.peak_memory,
         kfac_memory=None if kfac is None else dict(kfac.memory_usage()),
         epochs=list(training.history),
         model=type(training.model).__name__,

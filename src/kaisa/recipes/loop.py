@@ -3,7 +3,7 @@
     Training.start ─► epoch ─► epoch ─► …        all state is in the Training, so that
                         └─► save ─► load ─► epoch   a resumed run is bitwise the uninterrupted one
 
-Seconds are those of training alone: forward, backward, preconditioning, update and the preparation
+Seconds and peak memory are those of training alone: forward, backward, preconditioning, update and the preparation
 of batches, without evaluation, checkpoints or reports.
 
 Several ranks train one model: each on its part of a batch, with gradients averaged by DistributedDataParallel. The
@@ -32,6 +32,7 @@ from kaisa.optim import AdaHessian
 from kaisa.quantize import load_ranges, ranges_of
 from kaisa.recipes.contestants import Contestant, learning_rate_share
 from kaisa.recipes.files import written_whole
+from kaisa.recipes.memory import measure_peak_memory, reset_peak_memory
 from kaisa.recipes.tasks import Batches, Lesson, Score, Task
 
 WARM_UP_STEPS = 3
@@ -111,6 +112,7 @@ class Training:
     Attributes:
         parallel: the model itself, or around it what averages gradients over ranks.
         ranks: how to reach the other processes.
+        peak_memory: the most bytes that were held while it trained; None before, or if the system does not tell.
     """
 
     contestant: Contestant
@@ -122,6 +124,7 @@ class Training:
     parallel: nn.Module
     ranks: Collectives = field(default_factory=Alone)
     history: list[Epoch] = field(default_factory=list)
+    peak_memory: int | None = None
 
     @classmethod
     def start(
@@ -164,15 +167,21 @@ class Training:
 
     def epoch(self, watch: StepWatcher | None = None) -> Epoch:
         """Train for an epoch, then evaluate."""
+        reset_peak_memory(self.batches.device)
         start = time.perf_counter()
         trained = self._train(watch)
         seconds = self.seconds + time.perf_counter() - start
+        self._note_peak_memory()
         loss, (score, *_) = trained.total(self.ranks).means()
         test_loss, (test_score, *others) = self._evaluate().means()
         further = {score.name: value for score, value in zip(self.lesson.task.scores[1:], others, strict=True)}
         number = len(self.history) + 1
         self.history.append(Epoch(number, loss, score, test_loss, test_score, seconds, further))
         return self.history[-1]
+
+    def _note_peak_memory(self) -> None:
+        known = [size for size in (self.peak_memory, measure_peak_memory(self.batches.device)) if size is not None]
+        self.peak_memory = max(known, default=None)
 
     def _evaluate(self) -> Figures:
         """Evaluate on the first rank, whose running statistics are those that are kept, and tell the others."""
@@ -223,6 +232,7 @@ class Training:
             "ranges": ranges_of(self.model),
             "optimizer": self.optimizer.state_dict(),
             "ranks": gathered(self._own_state(), self.ranks, self.batches.device),
+            "peak_memory": self.peak_memory,
             "history": [asdict(epoch) for epoch in self.history],
         }
 
@@ -248,6 +258,7 @@ class Training:
         if self.kfac is not None:
             self.kfac.load_state_dict(own["kfac"])
         set_random_state(own["random"], self.batches.device)
+        self.peak_memory = state["peak_memory"]
         self.history = [Epoch(**epoch) for epoch in state["history"]]
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:

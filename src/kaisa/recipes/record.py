@@ -44,7 +44,7 @@ class Run:
         learning_rate: the highest of the schedule.
         finished: whether all epochs are done.
         steps: how many were taken.
-        peak_memory: the most bytes that the process (on a GPU: PyTorch) held; None if unknown.
+        peak_memory: the most bytes that the process (on a GPU: PyTorch) held in training; None if unknown.
         kfac_memory: the bytes that K-FAC holds, by use; None without it.
         epochs: what each brought.
         model: the type of the model; None in older records.
