@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kaisa import grids
 from kaisa.grids import Grid
-from kaisa.quantize import QuantConfig, prepare, quantize, rounding, set_mode
+from kaisa.quantize import QuantConfig, convert, prepare, quantize, rounding, set_mode
 from kaisa.quantize.attention import QuantizedMultiheadAttention
 from kaisa.quantize.rounding import rounded
 
@@ -284,8 +284,20 @@ def test_attention_drops_out_in_training_alone() -> None:
     assert torch.equal(module(x, x, x)[0], module(x, x, x)[0])
 
 
-def test_an_encoder_is_quantised_in_evaluation_too() -> None:
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 1).eval()
+class OwnLayer(nn.TransformerEncoderLayer):
+    """What others make of torch's."""
+
+
+class OwnEncoder(nn.TransformerEncoder):
+    """Likewise."""
+
+
+@pytest.mark.parametrize(
+    ("container", "block"), [(nn.TransformerEncoder, nn.TransformerEncoderLayer), (OwnEncoder, OwnLayer)]
+)
+def test_an_encoder_is_quantised_in_evaluation_too(container: type[nn.Module], block: type[nn.Module]) -> None:
+    encoder = container(block(8, 2, 16, 0.0, batch_first=True), 1).eval()
+    attributes = [dict(vars(module)) for module in encoder.modules()]
     x, hidden = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     float_outputs = encoder(x, src_key_padding_mask=hidden).detach()
     with torch.no_grad():
@@ -294,6 +306,8 @@ def test_an_encoder_is_quantised_in_evaluation_too() -> None:
     assert (found - float_outputs)[~hidden].abs().max() > 0.01
     gradual = encoder(x, src_key_padding_mask=hidden)  # with gradients torch has no path of its own
     torch.testing.assert_close(found, gradual.detach())
+    for module, before in zip(convert(prepare(encoder)).modules(), attributes, strict=True):
+        assert vars(module) == before
 
 
 def test_a_projection_is_quantised_by_examples_and_not_by_positions() -> None:

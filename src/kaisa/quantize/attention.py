@@ -7,7 +7,7 @@ between the projections is written out here, batch first, because a row of a gra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -181,13 +181,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     return weights @ v, weights
 
 
-class WatchedEncoderLayer(nn.TransformerEncoderLayer):
-    """``nn.TransformerEncoderLayer`` that computes by its modules in evaluation too, not by a kernel of its own."""
+BYPASSES: Mapping[type[nn.Module], tuple[str, object]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+"""Modules, with subclasses, that in evaluation hand the weights inside them to a kernel; what keeps them from it."""
 
-    activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
+_BEFORE = "before_bypass_was_closed"
 
 
-class WatchedEncoder(nn.TransformerEncoder):
-    """``nn.TransformerEncoder`` whose layers get ordinary tensors."""
+def close_bypasses(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Let encoders compute by their modules in evaluation too; return those for which it is new."""
+    closed = []
+    for module in modules:
+        own = {name: value for kind, (name, value) in BYPASSES.items() if isinstance(module, kind)}
+        if own and _BEFORE not in vars(module):
+            vars(module)[_BEFORE] = {name: vars(module)[name] for name in own if name in vars(module)}
+            vars(module).update(own)
+            closed.append(module)
+    return closed
 
-    use_nested_tensor = property(lambda self: False, lambda self, value: None)
+
+def open_bypasses(modules: Iterable[nn.Module]) -> None:
+    """Let encoders compute as before they were closed."""
+    for module in modules:
+        vars(module).update(vars(module).pop(_BEFORE, {}))

@@ -8,14 +8,13 @@ Parameters keep their identity, so that optimizers, DistributedDataParallel, hoo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kaisa.errors import ConfigurationError, StateError
-from kaisa.quantize.attention import QuantizedMultiheadAttention, WatchedEncoder, WatchedEncoderLayer
+from kaisa.quantize.attention import QuantizedMultiheadAttention, close_bypasses, open_bypasses
 from kaisa.quantize.config import MODES, RUNNING, QuantConfig, check_choice
 from kaisa.quantize.layers import (
     RANGE,
@@ -36,12 +35,6 @@ TYPES: Mapping[type[nn.Module], type[QuantizedLayer]] = {
 }
 """What each type becomes: by exact type, because a subclass may compute something else."""
 
-CONTAINERS: Mapping[type[nn.Module], type[nn.Module]] = {
-    nn.TransformerEncoderLayer: WatchedEncoderLayer,
-    nn.TransformerEncoder: WatchedEncoder,
-}
-"""Modules that would bypass those inside them, and what they become."""
-
 WRAPPERS: Mapping[str, str] = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -50,9 +43,7 @@ WRAPPERS: Mapping[str, str] = {
 }
 """Types that wrap a module, by name, so that none is loaded for it; and as what they hold it."""
 
-_BACK: Mapping[type[nn.Module], type[nn.Module]] = {
-    after: before for types in (TYPES, CONTAINERS) for before, after in types.items()
-}
+_BACK: Mapping[type[nn.Module], type[nn.Module]] = {after: before for before, after in TYPES.items()}
 
 
 def prepare(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
@@ -86,7 +77,7 @@ def prepare(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     convert(model)
     for name, module in chosen.items():
         _quantize(name, module, config)
-    _swap(model, CONTAINERS)
+    close_bypasses(model.modules())
     return model
 
 
@@ -111,7 +102,8 @@ def convert(model: nn.Module) -> nn.Module:
         del layer.quantization
         layer._buffers.pop(RANGE, None)
         layer._non_persistent_buffers_set.discard(RANGE)
-    _swap(model, _BACK)
+        layer.__class__ = _BACK[type(layer)]  # type: ignore[assignment]
+    open_bypasses(model.modules())
     return model
 
 
@@ -200,8 +192,3 @@ def _quantize(name: str, module: nn.Module, config: QuantConfig) -> None:
         device = next(module.parameters()).device
         uses = 4 if isinstance(module, nn.MultiheadAttention) else 1
         module.register_buffer(RANGE, torch.full((uses, 2), torch.nan, device=device), persistent=False)
-
-
-def _swap(model: nn.Module, types: Mapping[Any, Any]) -> None:
-    for module in model.modules():
-        module.__class__ = types.get(type(module), type(module))

@@ -34,9 +34,9 @@ from kaisa.errors import ConfigurationError
 from kaisa.quantize.attention import (
     Product,
     Watch,
-    WatchedEncoder,
-    WatchedEncoderLayer,
     WatchedMultiheadAttention,
+    close_bypasses,
+    open_bypasses,
     projection_name,
 )
 from kaisa.quantize.config import EXACT
@@ -50,12 +50,6 @@ Terms = Mapping[str, Mapping[int, float]]
 """A number for each kind of quantiser and number of bits."""
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WATCHED: Mapping[type[nn.Module], type[nn.Module]] = {
-    nn.MultiheadAttention: WatchedMultiheadAttention,
-    nn.TransformerEncoderLayer: WatchedEncoderLayer,
-    nn.TransformerEncoder: WatchedEncoder,
-}
-"""What modules that bypass the layers in them are while a report is made."""
 
 ALL_BITS = tuple(range(8, 1, -1))
 _EXAMPLES = 16  # whose gradients are held at once
@@ -218,10 +212,11 @@ def _watched(model: nn.Module, see: See) -> Iterator[None]:
     handles = [
         module.register_forward_hook(_hook(name, see)) for name, module in modules.items() if isinstance(module, LAYERS)
     ]
-    types = {module: type(module) for module in modules.values()}
+    types = {module: type(module) for module in attentions.values()}
+    closed = close_bypasses(modules.values())
     try:
-        for module in modules.values():
-            module.__class__ = WATCHED.get(type(module), type(module))
+        for module, kind in types.items():
+            module.__class__ = WatchedMultiheadAttention if kind is nn.MultiheadAttention else kind
         for name, attention in attentions.items():
             if isinstance(attention, WatchedMultiheadAttention):
                 vars(attention)["forward"] = partial(attention.forward_with, _watch(name, see))
@@ -229,6 +224,7 @@ def _watched(model: nn.Module, see: See) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        open_bypasses(closed)
         for module, kind in types.items():
             module.__class__ = kind
         for attention in attentions.values():
