@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_examples_with_large_equal_gradients_leave_nothing_in_others(shape: tupl
         found.append(x.grad)
     for own, other in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=2e-6 * other.abs().max().item())
+
+
+def test_a_graphics_processor_is_asked_for_all_three_products() -> None:
+    for rows, size, columns in itertools.product((8, 16, 20, 24, 32), repeat=3):
+        products = [(rows, size, columns), (rows, columns, size), (columns, rows, size)]
+        are_all_taken = all(left > 16 and summed % 8 == 0 and right % 8 == 0 for left, summed, right in products)
+        assert execution.is_taken(torch.device("cuda"), rows, size, columns) is are_all_taken
+        assert execution.is_taken(torch.device("cpu"), rows, size, columns)
 
 
 @pytest.mark.parametrize("options", [{"mode": "qat"}, {"gradient_bits": None}, {"weight_gradient_bits": None}])

@@ -53,9 +53,13 @@ def is_in_integers(config: QuantConfig, x: Tensor, weight: Tensor) -> bool:
 
 
 def is_taken(device: torch.device, rows: int, size: int, columns: int) -> bool:
-    """Say whether the device's integer kernel takes (rows, size) @ (size, columns): cuBLAS wants multiples of 8."""
+    """Say whether the device's integer kernel takes (rows, size) @ (size, columns) and the products of its gradients.
+
+    Those are (rows, columns) @ (columns, size) and (columns, rows) @ (rows, size). cuBLAS wants more than 16 rows on
+    the left, and multiples of 8 for what is summed over and for columns on the right.
+    """
     if device.type == "cuda":
-        return rows > 16 and size % 8 == 0 and columns % 8 == 0
+        return min(rows, columns) > 16 and all(side % 8 == 0 for side in (rows, size, columns))
     return device.type == "cpu"
 
 
