@@ -136,6 +136,19 @@ def test_a_graphics_processor_is_asked_for_all_three_products() -> None:
         assert execution.is_taken(torch.device("cpu"), rows, size, columns)
 
 
+@pytest.mark.parametrize("how", ["simulate", "int8"])
+def test_in_evaluation_what_is_not_a_number_stays_so_in_its_example(how: str) -> None:
+    layer = prepare(nn.Linear(24, 10).requires_grad_(False), QuantConfig(execution=how))
+    x = torch.randn(5, 3, 24)
+    layer(x)
+    expected = layer.eval()(x)
+    x[3, 1, 7] = torch.nan
+    found = layer(x)
+    assert found[3, 1].isnan().all()
+    found[3, 1] = expected[3, 1]
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("options", [{"mode": "qat"}, {"gradient_bits": None}, {"weight_gradient_bits": None}])
 def test_what_is_not_quantised_is_a_product_of_floats(options: dict[str, object]) -> None:
     simulated, executed = both({"quantizer": "ptq", **options}, nn.Linear(24, 10), torch.randn(33, 24))

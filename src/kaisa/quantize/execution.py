@@ -173,10 +173,11 @@ class _IntegerLinear(torch.autograd.Function):
         ranges: Ranges | None,
     ) -> Tensor:
         inputs = _nearest(x, config.activation_bits, weight.shape[1], aligned=False, ranges=ranges)
+        blank = None if ranges is None else _not_numbers(x.detach().reshape(-1, weight.shape[1]))
         weights = _nearest(weight, config.weight_bits, weight.shape[1], aligned=True, ranges=None)
         ctx.branches, ctx.shape, ctx.dtypes = branches, x.shape, (x.dtype, weight.dtype)
         ctx.save_for_backward(*_parts(inputs), *_parts(weights))
-        output = _times_transposed(inputs, weights, None if bias is None else bias.to(inputs.step.dtype))
+        output = _times_transposed(inputs, weights, None if bias is None else bias.to(inputs.step.dtype), blank)
         return output.to(_output_type(x)).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -213,11 +214,18 @@ def _output_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _times_transposed(left: Codes, right: Codes, added: Tensor | None) -> Tensor:
-    """Return left @ right.T + added, both of one step and offset."""
+def _not_numbers(x: Tensor) -> Tensor:
+    """Return (rows, 1) of "not a number" where a row holds one, else 0: on a known grid the codes do not say so."""
+    return torch.where(x.amax(1, keepdim=True).isnan(), torch.nan, 0.0)
+
+
+def _times_transposed(left: Codes, right: Codes, added: Tensor | None, blank: Tensor | None) -> Tensor:
+    """Return left @ right.T + added, both of one step and offset, and + blank, by rows."""
     sums = torch._int_mm(left.values, right.values.t())
     columns = left.offset * (right.step * right.row_sums().t() + right.offset * left.values.shape[1])
     rows = left.row_sums().mul_(left.step * right.offset)
+    if blank is not None:
+        rows.add_(blank)
     return _finished(sums, left.step * right.step, rows, columns if added is None else columns + added)
 
 
