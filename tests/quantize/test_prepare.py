@@ -282,6 +282,13 @@ def test_running_ranges_are_kept_beside_the_state(model: nn.Module, x: Tensor) -
     assert torch.equal(other.eval()(x[:2]), model.eval()(x[:2]))
 
 
+def test_ranges_of_other_shapes_are_refused_before_any_is_set(model: nn.Module) -> None:
+    ranges = {name: torch.zeros_like(own) for name, own in ranges_of(prepare(model)).items()}
+    with pytest.raises(StateError, match=r"the ranges of attention have the shape \(1, 2\), the model's \(4, 2\)"):
+        load_ranges(model, {**ranges, "attention": torch.zeros(1, 2)})
+    assert all(own.isnan().all() for own in ranges_of(model).values())
+
+
 def test_ranges_of_other_layers_are_refused(model: nn.Module) -> None:
     prepare(model, QuantConfig(skip_layers=["^head$"]))
     with pytest.raises(StateError, match="only one of the two has head"):

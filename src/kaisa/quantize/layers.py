@@ -57,7 +57,10 @@ class QuantizedLayer(nn.Module):
         return f"{super().extra_repr()}, mode={self.quantization.mode}"
 
     def range_for(self, x: Tensor, use: int) -> tuple[Tensor, Tensor] | None:
-        """Return between what an input is rounded, None for its own range; a training pass updates the running one."""
+        """Return between what an input is rounded, None for its own range; a training pass updates the running one.
+
+        Evaluation before any training or `load_ranges` has no running range and takes the batch's own.
+        """
         ranges = self._buffers.get(RANGE)
         if ranges is None or self.quantization.config.activation_bits is None or x.numel() == 0:
             return None

@@ -50,7 +50,9 @@ def prepare(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
     """Make a model compute in few bits, in place.
 
     A model that is prepared already gets the new options. Layers are quantised that are exactly of one of the types
-    Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention of ``torch.nn``.
+    Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention of ``torch.nn``; subclasses of these, and weights that are
+    used by functions, stay in float. With ``ranges="running"`` evaluation before any training, or `load_ranges`, takes
+    the ranges of its batch.
 
     Args:
         model: the model, perhaps inside DistributedDataParallel.
@@ -147,7 +149,7 @@ def load_ranges(model: nn.Module, ranges: Mapping[str, Tensor]) -> None:
     """Set the running ranges to those that ``ranges_of`` returned.
 
     Raises:
-        StateError: they are those of other layers; then nothing has changed.
+        StateError: they are those of other layers, or of other shapes; then nothing has changed.
     """
     own = ranges_of(model)
     if own.keys() != ranges.keys():
@@ -155,6 +157,11 @@ def load_ranges(model: nn.Module, ranges: Mapping[str, Tensor]) -> None:
         raise StateError(
             f"the ranges are of {len(ranges)} layers, the model has {len(own)}; only one of the two has {strangers[0]}"
         )
+    for name, value in ranges.items():
+        if value.shape != own[name].shape:
+            raise StateError(
+                f"the ranges of {name} have the shape {tuple(value.shape)}, the model's {tuple(own[name].shape)}"
+            )
     layers = quantized_layers(model)
     for name, value in ranges.items():
         buffer = layers[name]._buffers[RANGE]
