@@ -63,8 +63,9 @@ class LayerVariance:
         name: of the module, and of the projection in MultiheadAttention; of its later calls with their number.
         module: the name of the module whose bits it has.
         shape: of the gradient at its output.
-        squared_gradient: ‖∇θ‖² of its parameters.
-        sampling: the variance of ∇θ over batches of this size.
+        squared_gradient: ‖∇θ‖² of its parameters, by this call alone.
+        sampling: the variance of ∇θ over batches of this size, by this call alone: what a module's calls have in common
+            for an example, the covariance between them, is left out.
         quantization: of each quantiser and number of bits, what it adds to the gradient at the output: Σ Var[ε_ij].
         own: what that becomes in ∇θ of the layer's own parameters.
         below: what it becomes in the parameters before it.
@@ -108,7 +109,7 @@ class VarianceReport:
 
     @property
     def sampling(self) -> float:
-        """The variance of the gradient over batches, of all layers."""
+        """The variance of the gradient over batches, of all layers; without covariances between calls of one module."""
         return sum(layer.sampling for layer in self.layers)
 
     def added(self, kind: str, bits: int) -> float:
