@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def main() -> None:
         seconds = measure(workload, ways, given.rounds, clock)
         title = f"{name}, {given.blocks} × {given.batch * POSITIONS}" if name == "transformer" else name
         rows = [row for row in results["rows"] if (row["workload"], row["threads"]) != (title, given.threads)]
+        origin = {"date": datetime.now(UTC).date().isoformat(), "commit": find_commit()}
         results["rows"] = rows + [
-            {"workload": title, "threads": given.threads, "way": way, **_summary(times, seconds[FLOAT])}
+            {"workload": title, "threads": given.threads, "way": way, **_summary(times, seconds[FLOAT]), **origin}
             for way, times in seconds.items()
         ]
         for row in results["rows"]:
@@ -106,10 +108,12 @@ def main() -> None:
 
 
 def _begun(output: Path | None) -> dict[str, Any]:
-    about = {"machine": describe_machine(), "versions": describe_versions(), "commit": find_commit()}
+    """Return machine and versions, and the rows that are there, each with the commit that it was measured at."""
+    about = {"machine": describe_machine(), "versions": describe_versions()}
     about["clock"] = "processor time with one thread, real time with more"
-    known = json.loads(output.read_text("utf-8"))["rows"] if output is not None and output.exists() else []
-    return {**about, "rows": known}
+    known = json.loads(output.read_text("utf-8")) if output is not None and output.exists() else {"rows": []}
+    shared = {"commit": known["commit"]} if "commit" in known else {}  # of older files, one for all rows
+    return {**about, "rows": [{**shared, **row} for row in known["rows"]]}
 
 
 def measure(

@@ -99,9 +99,7 @@ def study(recipe: str, data: str, output: Path, ways: Sequence[str], seeds: Sequ
     results = _begun(output) or {
         "settings": {**SETTINGS[recipe], "steps": MOST_STEPS[recipe]},
         "score": options.score.name,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": find_commit(),
+        **_about(),
         "runs": [],
     }
     known = {(run["way"], run["seed"]) for run in results["runs"]}
@@ -127,7 +125,14 @@ def report_variance(recipe: str, data: str, output: Path) -> None:
 
     report = variance_report(model, batch, loss, kinds=QUANTIZERS, bits=BITS)
     report.save(output)
+    settings = {"settings": {**SETTINGS[recipe], "steps": REPORTED_AFTER, "seed": 0}}
+    saved = {**_about(), **settings, **json.loads(output.read_text("utf-8"))}
+    output.write_text(json.dumps(saved, indent=1) + "\n", "utf-8")
     print(report)
+
+
+def _about() -> dict[str, Any]:
+    return {"machine": describe_machine(), "versions": describe_versions(), "commit": find_commit()}
 
 
 def _begun(output: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kaisa.quantize import variance_report
 from kaisa.recipes.digits import read_digits
 from kaisa.recipes.models import build_model
+from kaisa.recipes.record import describe_machine, describe_versions, find_commit
 
 ROOT = Path(__file__).parents[1]
 BATCH, HELD_OUT = 64, 128
@@ -54,8 +55,9 @@ def main() -> None:
     print(f"accuracy on the digits of the report: {accuracy:.3f}\n\n{report}")
     report.save(given.output)
     saved = json.loads(given.output.read_text())
+    about = {"machine": describe_machine(), "versions": describe_versions(), "commit": find_commit()}
     settings = {"epochs": given.epochs, "accuracy": accuracy, "probes": given.probes, "seed": 0}
-    given.output.write_text(json.dumps({**settings, **saved}, indent=1) + "\n", "utf-8")
+    given.output.write_text(json.dumps({**about, **settings, **saved}, indent=1) + "\n", "utf-8")
     report.plot(given.image)
 
 
