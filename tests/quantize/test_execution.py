@@ -41,12 +41,13 @@ def centred(x: Tensor, kind: str, bits: int, *, stochastic: bool, aligned: bool 
 
 
 @pytest.mark.parametrize("bits", [8, 5, 2])
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_accumulators_are_those_of_the_codes_of_the_simulation(
-    products: list[tuple[Tensor, Tensor, Tensor]], bits: int
+    products: list[tuple[Tensor, Tensor, Tensor]], kind: str, bits: int
 ) -> None:
     layer = nn.Linear(96, 40)
     config = QuantConfig(
-        quantizer="ptq",
+        quantizer=kind,
         activation_bits=bits,
         weight_bits=bits,
         gradient_bits=bits,
@@ -58,10 +59,11 @@ def test_accumulators_are_those_of_the_codes_of_the_simulation(
     torch.manual_seed(1)
     y.backward(gradient)
     torch.manual_seed(1)
-    g = centred(gradient, "ptq", bits, stochastic=True)
+    for_x = centred(gradient, kind, bits, stochastic=True)
+    for_weight = for_x if kind == "ptq" else centred(gradient, "column", bits, stochastic=True)
     a = centred(x, "ptq", bits, stochastic=False, aligned=False)
     w = centred(layer.weight, "ptq", bits, stochastic=False)
-    expected = [a @ w.mT, g @ w, g.mT @ a]
+    expected = [a @ w.mT, for_x @ w, for_weight.mT @ a]
     assert [sums.dtype for _, _, sums in products] == [torch.int32] * 3
     for (_, _, sums), exact in zip(products, expected, strict=True):
         assert torch.equal(sums.long(), exact)
