@@ -33,6 +33,7 @@ class Course:
         kfac: options of K-FAC by contestant, on top of `KFAC`; "" is for all, kfac-pytorch included as far as it
             knows them.
         short: the share of the steps in K-FAC's schedule.
+        target_seeds: how many heats of the control set the target.
     """
 
     recipe: str
@@ -44,6 +45,7 @@ class Course:
     rates: Mapping[str, float] = field(default_factory=dict)
     kfac: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     short: float = 0.5
+    target_seeds: int = 3
     test_side: int | None = None
 
     def grid(self, entrant: Entrant) -> tuple[float, ...]:
@@ -111,6 +113,7 @@ _SMALL = {
         look_every=8,
         tests=6,
         test_side=256,
+        target_seeds=9,
         control="adamw",
         rates={"adamw": 0.01},
         kfac={"": {"factor_update_steps": (5, 10), "inv_update_steps": (10, 50), "factor_examples": 0.5}},

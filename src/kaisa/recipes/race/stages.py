@@ -1,7 +1,7 @@
 """What is run, in which order: a function of what has been run.
 
     tune     1  the control with its whole schedule: three learning rates, seed TUNING_SEED
-             2  the same with the best rate and two more seeds: the median at the end is the target, from here on fixed
+             2  the same with the best rate and more seeds: the median at the end is the target, from here on fixed
              3  everybody, the control too, with K-FAC's shorter schedule: three learning rates
              4  who missed the target: once more with the best of these rates and the whole schedule
     final    everybody with the rate and the schedule that tuning chose, FINAL_SEEDS; each seed begins with another one
@@ -28,7 +28,6 @@ from kaisa.recipes.race.ledger import FINAL, TUNE, Ledger, Result
 from kaisa.recipes.tasks import Score
 
 TUNING_SEED = 1000
-TARGET_SEEDS = (TUNING_SEED, 1001, 1002)
 FINAL_SEEDS = (3, 4, 5, 6, 7)
 NEVER = Look(2**62, math.inf, math.inf, math.nan)
 
@@ -71,15 +70,20 @@ class Race:
         """Steps of K-FAC's schedule."""
         return round(self.course.short * self.course.steps)
 
+    @property
+    def target_seeds(self) -> range:
+        """The seeds of the control's heats that set the target, the first that of tuning."""
+        return range(TUNING_SEED, TUNING_SEED + self.course.target_seeds)
+
     # ------------------------------------------------------------------------------------------------ what is known
 
     def target(self) -> float | None:
         """Return the value that all run for; None while the control is not through."""
         rate = self._best_rate(self.control, self.course.steps, target=None)
-        plans = [Plan(self.control, rate, self.course.steps, seed) for seed in TARGET_SEEDS] if rate else []
+        plans = [Plan(self.control, rate, self.course.steps, seed) for seed in self.target_seeds] if rate else []
         heats = [self.ledger.read(plan, TUNE) for plan in plans]
         values = [heat.value for heat in heats if heat is not None]
-        return median(values) if len(values) == len(TARGET_SEEDS) else None
+        return median(values) if values and len(values) == len(plans) else None
 
     def first(self, heat: Result, target: float, in_a_row: int = 1) -> Look:
         """Return the first look that shows the target, as do those after it, so many in a row, or `NEVER`."""
@@ -153,7 +157,7 @@ class Race:
         rate = self.control_rate()
         if rate is None:
             return
-        yield from (Plan(self.control, rate, self.course.steps, seed) for seed in TARGET_SEEDS)
+        yield from (Plan(self.control, rate, self.course.steps, seed) for seed in self.target_seeds)
         target = self.target()
         if target is None:
             return
