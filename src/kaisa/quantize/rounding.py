@@ -25,7 +25,10 @@ class Rounding:
     bits: int
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """Return a random gradient whose mean is the one given, through which derivatives pass straight."""
+        """Return a random gradient whose mean is the one given, through which derivatives pass straight.
+
+        Noise is of torch's own generator of the device: what ``torch.manual_seed`` sets.
+        """
         return quantize(gradient, self.kind, self.bits, stochastic=True)
 
 
