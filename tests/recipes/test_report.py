@@ -62,6 +62,10 @@ def test_the_plot_is_a_picture(runs: tuple[Run, ...], tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
+def test_a_target_that_nothing_can_exceed_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    assert draw_plot(make_record(SLOW, make_run("sgd + K-FAC", 0, [0.5, 1.0]), target=1.0), tmp_path).exists()
+
+
 def test_where_the_loss_is_raced_for_it_is_told_once() -> None:
     record = make_record(make_run("sgd", 0, [0.5, 0.3]), target=0.4)
     record.options = replace(record.options, recipe="logistic", model="logistic")

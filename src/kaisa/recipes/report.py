@@ -133,7 +133,8 @@ def _decorate(axes: Any, target: float, score: Score) -> None:
     axes[1][0].set_xlabel("epochs")
     axes[1][1].set_xlabel("seconds of training")
     if not score.is_cost:
-        axes[0][0].set_ylim(bottom=max(0.0, 1 - 5 * (1 - target)), top=1.0 if target > 0.9 else None)
+        rest = max(1 - target, 0.01)  # of a target of 1 something is seen too
+        axes[0][0].set_ylim(bottom=max(0.0, 1 - 5 * rest), top=1.0 if target > 0.9 else None)
     axes[1][0].set_yscale("log")
     corner = "upper right" if score.is_cost else "lower right"
     axes[0][0].legend(frameon=False, loc=corner, title=f"target {score.write(target)}")
