@@ -81,7 +81,7 @@ def test_control_c_stops_all_ranks_and_resume_starts_as_many(tmp_path: Path) -> 
     assert process.returncode == INTERRUPTED
     record = tmp_path / "out" / "record.json"
     checkpoint = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
-    assert len(checkpoint["kfac"]) == 2
+    assert len(checkpoint["ranks"]) == 2
     done = len(checkpoint["history"])
     value = json.loads(record.read_text())
     value["options"]["epochs"] = done + 1
