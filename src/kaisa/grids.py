@@ -50,20 +50,25 @@ def round_at_random_(y: Tensor, generator: torch.Generator | None = None) -> Ten
     return y.add_(noise_like(y, generator), alpha=_UNIT).round_()
 
 
-def in_type_at_random(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """Return 32-bit numbers in a shorter type, each rounded up or down so that it stays what it is on average.
+def in_type_at_random_(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Return 32-bit numbers, which are used up, in a shorter type, each rounded up or down so that it stays on average.
 
-    The step of a type at x is eps · 2^⌊log₂|x|⌋, or that of its smallest normal numbers. In steps x has as many places
-    behind the point as the type lacks: noise of so many is exact beside it, and leaves alone what the type has.
+    The step of a type at x is eps · 2^⌊log₂|x|⌋, or that of its smallest normal numbers; here it is at least 2⁻¹²⁶,
+    because processors are slow with less. In steps x has as many places behind the point as the type lacks: noise of so
+    many is exact beside it, and leaves alone what the type has.
     """
-    type_info = torch.finfo(dtype)
-    powers = x.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)  # what is not finite becomes not a number
-    steps = powers.clamp_min_(type_info.tiny).mul_(type_info.eps)
-    noise, unit = noise_like(x, generator), torch.finfo(torch.float32).eps / type_info.eps
-    if unit > _UNIT:
-        noise.bitwise_right_shift_(round(math.log2(unit / _UNIT))).bitwise_or_(1)
-    y = (x / steps).add_(noise, alpha=max(unit, _UNIT)).round_()
-    return y.mul_(steps).to(dtype)
+    info, own, result = torch.finfo(dtype), torch.finfo(x.dtype), torch.empty_like(x, dtype=dtype)
+    unit, least = max(own.eps / info.eps, _UNIT), max(info.tiny * info.eps, own.tiny)
+    coarser = round(math.log2(unit / _UNIT))
+    for rows in parts_of(x):
+        y = x[rows]
+        powers = y.view(torch.int32).bitwise_and(_EXPONENT).view(x.dtype)  # what is not finite becomes not a number
+        steps = powers.mul_(info.eps).clamp_min_(least)
+        noise = noise_like(y, generator)
+        if coarser:
+            noise.bitwise_right_shift_(coarser).bitwise_or_(1)
+        result[rows] = y.div_(steps).add_(noise, alpha=unit).round_().mul_(steps)
+    return result
 
 
 def parts_of(x: Tensor) -> list[slice]:

@@ -88,7 +88,7 @@ def rounded(
     else:
         values = reflections.inverse_(grid.round_(rows, stochastic=stochastic, generator=generator))
     if stochastic and x.element_size() < values.element_size():
-        values = grids.in_type_at_random(values, x.dtype, generator)
+        values = grids.in_type_at_random_(values, x.dtype, generator)
     return _shaped(values, x)
 
 
