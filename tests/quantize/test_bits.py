@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import kaisa
 from kaisa.errors import ConfigurationError
-from kaisa.quantize import QuantConfig, allocate_bits, prepare, variance_report
+from kaisa.quantize import QuantConfig, allocate_bits, prepare, quantized_layers, variance_report
 from kaisa.quantize.bits import allocate, costs_of_factors
+from kaisa.recipes.language_models import Gpt2, Width
 
 
 @dataclass
@@ -88,6 +89,17 @@ def test_factors_of_another_model_are_refused() -> None:
         factors = dict.fromkeys((name for name in names if name != missing), pair)
         with pytest.raises(ConfigurationError, match=f"the factors have none of '{missing}'"):
             allocate_bits(model, None, 5, factors=factors)
+
+
+def test_factors_of_an_embedding_may_be_among_them() -> None:
+    model = Gpt2(Width(1, 8, 2, 16, 11, 5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kfac = kaisa.KFACPreconditioner(model, optimizer, factor_update_steps=1, inv_update_steps=1)
+    model(torch.arange(10).view(2, 5)).square().mean().backward()
+    kfac.step()
+    found = allocate_bits(model, None, 5, factors=kfac.factors)
+    assert list(found) == list(quantized_layers(prepare(model, QuantConfig(gradient_bits=found))))
+    assert costs_of_factors({"x": Pair(torch.arange(4.0), torch.eye(2))}, (2,)) == {"x": {2: pytest.approx(12 / 9)}}
 
 
 @pytest.mark.parametrize("bits", [(), (1, 4), (4, 9), (4.0,)])

@@ -27,7 +27,10 @@ Costs = Mapping[str, Mapping[int, float]]
 
 
 class PairOfFactors(Protocol):
-    """The Kronecker factors of a layer: second moments of its input, and of the gradient at its output."""
+    """The Kronecker factors of a layer: second moments of its input, and of the gradient at its output.
+
+    They are matrices, or vectors of what is on their diagonals.
+    """
 
     a: Tensor
     g: Tensor
@@ -106,8 +109,13 @@ def costs_of_factors(factors: Mapping[str, PairOfFactors], bits: Sequence[int] =
     The variance of a layer's own weight gradient is Σ Var[ε_ij] ‖x_i‖², Var[ε] goes with the squared range of the
     output gradient over (2^bits − 1)², and tr(G) and tr(A) are the mean squares of that gradient and of the input.
     """
-    traces = {name: float(pair.a.diagonal().sum() * pair.g.diagonal().sum()) for name, pair in factors.items()}
+    traces = {name: float(_trace(pair.a) * _trace(pair.g)) for name, pair in factors.items()}
     return {name: {count: trace / (2**count - 1) ** 2 for count in bits} for name, trace in traces.items()}
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Return the trace of a factor, of which an embedding has the diagonal alone."""
+    return (factor if factor.ndim == 1 else factor.diagonal()).sum()
 
 
 def allocate(costs: Costs, budget: float, weights: Mapping[str, int] | None = None) -> dict[str, int]:
