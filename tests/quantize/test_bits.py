@@ -91,7 +91,7 @@ def test_factors_of_another_model_are_refused() -> None:
             allocate_bits(model, None, 5, factors=factors)
 
 
-def test_factors_of_an_embedding_may_be_among_them() -> None:
+def test_factors_of_a_tied_embedding_count_for_the_prediction() -> None:
     model = Gpt2(Width(1, 8, 2, 16, 11, 5))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     kfac = kaisa.KFACPreconditioner(model, optimizer, factor_update_steps=1, inv_update_steps=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kaisa.errors import ConfigurationError
 from kaisa.quantize.config import is_number_of_bits
-from kaisa.quantize.prepare import quantizable
+from kaisa.quantize.prepare import named_modules, quantizable
 from kaisa.quantize.report import ALL_BITS, Loss, variance_report
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -81,7 +81,11 @@ def allocate_bits(
 
 
 def _by_module(model: nn.Module, costs: Costs) -> Costs:
-    """Return the costs of layers that can be quantised: those of its name, or the sums over projections."""
+    """Return the costs of layers that can be quantised: those of its name, or the sums over projections.
+
+    A layer whose weight is that of an embedding, of both uses of which K-FAC keeps one pair, has the embedding's.
+    """
+    costs = {**_of_tied(model, costs), **costs}
     found: dict[str, dict[int, float]] = {}
     for name, _, kind in quantizable(model):
         parts = [name] if kind is not nn.MultiheadAttention else [f"{name}.{part}".strip(".") for part in PROJECTIONS]
@@ -95,6 +99,14 @@ def _by_module(model: nn.Module, costs: Costs) -> Costs:
     if not found:
         raise ConfigurationError("the model has no layer that can be quantised")
     return found
+
+
+def _of_tied(model: nn.Module, costs: Costs) -> Costs:
+    """Return the costs of layers by those of embeddings with the same weight."""
+    modules = list(named_modules(model))
+    embeddings = {module.weight: name for name, module in modules if isinstance(module, nn.Embedding) and name in costs}
+    linear = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    return {name: costs[embeddings[module.weight]] for name, module in linear if module.weight in embeddings}
 
 
 def _add(costs: dict[str, dict[int, float]], name: str, row: Mapping[int, float]) -> None:
