@@ -165,6 +165,17 @@ def test_a_recipe_trains_in_mixed_precision(recipe: str, command: Callable[[str]
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("recipe", "part"), [("unet", "head"), ("gpt", "blocks"), ("resnet", "14"), ("mlp", "3")])
+def test_k_fac_takes_the_parts_of_a_recipe_that_are_named(
+    recipe: str, part: str, command: Callable[[str], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = [*command(recipe), "--kfac", "--epochs", "1", "--output", "out"]
+    assert run([*start, "--parts", "nowhere"]) == 2
+    assert "the model has no part 'nowhere'; choose from" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert run([*start, "--parts", part]) == 0
+
+
 @pytest.mark.parametrize(("option", "contestant"), [("--kfac", "sgd + K-FAC"), ("--no-kfac", "sgd")])
 def test_one_contestant_runs_alone(option: str, contestant: str, command: Callable[[str], list[str]]) -> None:
     assert run([*command("logistic"), option, "--output", "out"]) == 0

@@ -227,8 +227,9 @@ def read_data(options: Options, progress: Progress | None = None) -> Data:
             "from; give a smaller one"
         )
     if options.preconditioning.parts is not None:
+        lesson = data.lesson(options, options.seed)
         with torch.device("meta"):
-            outside(data.lesson(options, options.seed).build(), options.preconditioning.parts)
+            outside(lesson.build(), options.preconditioning.parts)
     return data
 
 
