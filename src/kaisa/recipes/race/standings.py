@@ -15,7 +15,7 @@ from typing import Any
 
 from kaisa.recipes.extras import load_extra
 from kaisa.recipes.files import written_whole
-from kaisa.recipes.race.entrants import Entrant
+from kaisa.recipes.race.entrants import ENTRANTS, Entrant
 from kaisa.recipes.race.heat import Look
 from kaisa.recipes.race.ledger import Result
 from kaisa.recipes.race.stages import Race
@@ -226,15 +226,17 @@ def _shown(standings: Sequence[Standing]) -> list[Standing]:
     return [control, *twin, *[one for one in others if one not in twin][:7]]
 
 
+def _is_ours(name: str) -> bool:
+    entrant = ENTRANTS.get(name)
+    return entrant is not None and (entrant.kfac == "ours" or entrant.optimizer in ("adahessian", "arsg"))
+
+
 def _draw_times(axes: Any, race: Race) -> None:
     """Draw the processor time to the target over the control's, of everybody; who misses it has a cross."""
     control, *_ = standings = stand(race)
     ordered = [*standings[1:], control][::-1]
     shares = [saved(one, control, by_cpu) + 1 for one in ordered]
-    colours = [
-        "black" if one.is_control else "C0" if " on " in one.name and "pytorch" not in one.name else "C7"
-        for one in ordered
-    ]
+    colours = ["black" if one.is_control else "C0" if _is_ours(one.name) else "C7" for one in ordered]
     axes.barh(range(len(ordered)), [share if math.isfinite(share) else 0 for share in shares], color=colours)
     for place, share in enumerate(shares):
         if not math.isfinite(share):
