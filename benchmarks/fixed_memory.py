@@ -322,7 +322,9 @@ def endless(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()  # hooks of kfac-pytorch take what passes in training for a part of the step, and wait for all ranks
     parts = [model.module(part).argmax(1) for part in images.split(STEP)]  # type: ignore[operator,union-attr]
+    model.train()
     return (torch.cat(parts) == labels).float().mean().item()
 
 
