@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from kaisa.errors import ConfigurationError, StateError
 from kaisa.recipes.race.courses import FACTOR, Course, find_course
@@ -289,6 +290,32 @@ def test_every_contestant_that_is_there_learns(entrant: Entrant, lesson: Lesson)
         losses.append(loss.item())
     driver.close()
     assert min(losses[1:]) < losses[0]
+
+
+PRECONDITIONED = [one for one in ENTRANTS.values() if one.kfac and one.is_present]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # kfac-pytorch's
+@pytest.mark.parametrize("rate", [0.1, 0.9])
+@pytest.mark.parametrize("entrant", PRECONDITIONED, ids=lambda one: one.name)
+def test_the_norm_of_the_fisher_bounds_steps_of_sgd_alike_at_every_rate(entrant: Entrant, rate: float) -> None:
+    x, labels = torch.linspace(-1, 1, 96).sin().reshape(16, 6), torch.arange(16) % 3
+
+    def gradients(limit: float | None) -> torch.Tensor:
+        """Return the preconditioned gradient, the raw one for no limit."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 3))
+        options = {"factor_update_steps": 1, "inv_update_steps": 1, "damping": 0.01, "fisher_norm": limit}
+        driver = Driver.start(find_entrant("sgd") if limit is None else entrant, model, options, None, 0)
+        driver.set_rate(rate)
+        driver.step(cross_entropy(model(x), labels))
+        driver.close()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    raw, free, bounded = (gradients(limit) for limit in (None, 1e6, 1e-3))
+    is_of_adam = entrant.kfac == "ours" and (entrant.optimizer == "adamw" or entrant.solver == "sqrt_ekfac")
+    expected = free if is_of_adam else free * 1e-3 / (raw @ free).sqrt()
+    torch.testing.assert_close(bounded, expected)
 
 
 def test_muon_turns_hidden_matrices_and_leaves_the_last_layer_to_adamw() -> None:
