@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from safetensors.torch import save_model
 
 from kaisa.errors import ConfigurationError, StateError
@@ -21,7 +20,7 @@ from kaisa.kfac.collectives import Alone, Collectives
 from kaisa.quantize import QuantConfig, prepare
 from kaisa.recipes.batches import ImageTests
 from kaisa.recipes.contestants import Contestant
-from kaisa.recipes.data import Data
+from kaisa.recipes.data import Data, outline
 from kaisa.recipes.files import written_whole
 from kaisa.recipes.loop import Training, load, save, warm_up
 from kaisa.recipes.options import Options
@@ -73,9 +72,7 @@ def check_same_data(record: Record, data: Data) -> None:
     """Raise StateError unless the data, and the model that is made for them, are those that the record began with."""
     if record.data["digest"] != data.describe()["digest"]:
         raise StateError("the data are not those that the run began with; start a new run")
-    lesson = data.lesson(record.options, record.options.seed)
-    with torch.device("meta"):
-        record.check_model(lesson.build())
+    record.check_model(outline(data, record.options))
 
 
 def compare(record: Record, data: Data, folder: Path, watcher: Watcher, ranks: Collectives | None = None) -> None:

@@ -227,10 +227,15 @@ def read_data(options: Options, progress: Progress | None = None) -> Data:
             "from; give a smaller one"
         )
     if options.preconditioning.parts is not None:
-        lesson = data.lesson(options, options.seed)
-        with torch.device("meta"):
-            outside(lesson.build(), options.preconditioning.parts)
+        outside(outline(data, options), options.preconditioning.parts)
     return data
+
+
+def outline(data: Data, options: Options) -> nn.Module:
+    """Return the model that is trained on the data, without storage for its weights."""
+    lesson = data.lesson(options, options.seed)
+    with torch.device("meta"):
+        return lesson.build()
 
 
 def _readers(options: Options) -> Callable[[Options, Progress | None], Data]:
